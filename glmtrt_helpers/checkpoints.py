@@ -1,0 +1,286 @@
+"""Notebook 00: open a ChatGLM-6B checkpoint, check it before anything runs, and load it.
+
+A checkpoint is a directory: `config.json`, the remote code, `ice_text.model` and weight shards. `open_checkpoint` reads
+configuration and shard headers only; `load_model` runs the remote code, which stays in that directory.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from glmtrt_helpers import compat, shards
+from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.shards import StoredTensor
+from glmtrt_helpers.tokenizer import Tokenizer
+
+CODE_NAME = "modeling_chatglm.py"
+BACKUP_NAME = CODE_NAME + ".orig"
+# Above this size a working copy links instead of copying.
+LINK_BYTES = 64 * 2**20
+_announced: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint. Sizes follow `config.json`; `tensors` maps state-dict names to where their bytes lie."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def code(self) -> Path:
+        return self.directory / CODE_NAME
+
+    @property
+    def pristine_code(self) -> Path:
+        """The source as it came: the backup that patching keeps, or the source itself where nothing was patched."""
+        backup = self.directory / BACKUP_NAME
+        return backup if backup.exists() else self.code
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+    @property
+    def max_length(self) -> int:
+        return int(self.config.get("max_sequence_length", 2048))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_safetensors(self) -> bool:
+        return all(tensor.offset is not None for tensor in self.tensors.values())
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Check a directory and describe it. Reads no weights and runs no code.
+
+    Raises WorkbookError, naming the file, for: no such directory, a missing or broken file, another model family, a
+    quantised or P-tuned checkpoint, an absent or truncated shard, an absent tensor, a tensor of the wrong shape.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise WorkbookError(f"{directory} is not a directory: give the folder that holds the checkpoint's config.json.")
+    config = _read_config(directory / "config.json")
+    if not (directory / CODE_NAME).exists():
+        raise WorkbookError(
+            f"{directory / CODE_NAME} is missing: it comes with the checkpoint and defines the model, copy it there."
+        )
+    tensors = shards.locate_tensors(directory)
+    _check_shapes(directory, config, tensors)
+    return Checkpoint(directory, config, tensors)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WorkbookError(f"{path} is missing: this folder is not a checkpoint, or its download stopped.") from None
+    except ValueError as error:
+        raise WorkbookError(f"{path} is not JSON ({error}): download it again.") from None
+    _check_family(path, config)
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise WorkbookError(f"{path} has no usable {key!r} ({config.get(key)!r}): download it again.")
+    return config
+
+
+def _check_family(path: Path, config: dict[str, Any]) -> None:
+    """The later ChatGLM families share the model_type; their configuration gives them away."""
+    if config.get("model_type") != "chatglm":
+        raise WorkbookError(
+            f"{path} describes a {config.get('model_type')!r} model: this workbook reads ChatGLM-6B of 2023, 'chatglm'."
+        )
+    if any(key in config for key in ("multi_query_attention", "padded_vocab_size", "kv_channels")):
+        raise WorkbookError(
+            f"{path} describes ChatGLM2, ChatGLM3 or GLM-4 (it has rotary, multi-query attention): this workbook reads "
+            "the first generation only, THUDM/chatglm-6b."
+        )
+    if any(key in config for key in ("vision_config", "image_length", "eva_config", "qformer_config")):
+        raise WorkbookError(
+            f"{path} describes VisualGLM, which takes images: this workbook reads the text model, THUDM/chatglm-6b."
+        )
+    if config.get("quantization_bit"):
+        raise WorkbookError(
+            f"{path} has quantization_bit {config['quantization_bit']}: its int weights need CUDA kernels of their own "
+            "that no exporter can follow; take the fp16 checkpoint, THUDM/chatglm-6b."
+        )
+    if config.get("pre_seq_len"):
+        raise WorkbookError(
+            f"{path} has pre_seq_len {config['pre_seq_len']} (P-tuning v2): its prefix changes every layer's past, "
+            "which this workbook does not export; merge a LoRA instead, or remove pre_seq_len to use the base model."
+        )
+    if not config.get("position_encoding_2d", True):
+        raise WorkbookError(
+            f"{path} turns position_encoding_2d off: ChatGLM-6B has two rows of positions, set it to true."
+        )
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight by state-dict name, from the configuration (inv_freq is computed, not stored)."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    inner = config.get("inner_hidden_size") or 4 * hidden
+    shapes: dict[str, tuple[int, ...]] = {"transformer.word_embeddings.weight": (vocab, hidden)}
+    for i in range(config["num_layers"]):
+        layer = f"transformer.layers.{i}."
+        for module, out_features, in_features in (
+            ("attention.query_key_value", 3 * hidden, hidden),
+            ("attention.dense", hidden, hidden),
+            ("mlp.dense_h_to_4h", inner, hidden),
+            ("mlp.dense_4h_to_h", hidden, inner),
+        ):
+            shapes[layer + module + ".weight"] = (out_features, in_features)
+            shapes[layer + module + ".bias"] = (out_features,)
+        for module in ("input_layernorm", "post_attention_layernorm"):
+            shapes[layer + module + ".weight"] = shapes[layer + module + ".bias"] = (hidden,)
+    shapes["transformer.final_layernorm.weight"] = shapes["transformer.final_layernorm.bias"] = (hidden,)
+    shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    for name, shape in expected_shapes(config).items():
+        if name not in tensors:
+            raise WorkbookError(
+                f"{directory} holds no tensor {name!r}, which config.json calls for: a shard is missing or belongs to "
+                "another model."
+            )
+        if tensors[name].shape != shape:
+            raise WorkbookError(
+                f"{tensors[name].file}: {name!r} has shape {tensors[name].shape}, config.json calls for {shape}: "
+                "configuration and weights belong to different checkpoints."
+            )
+
+
+def code_sha256(path: Path) -> str:
+    """SHA-256 of a source file, as `load_model` prints it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    *,
+    num_layers: int | None = None,
+    code: Path | None = None,
+    meta: bool = False,
+) -> torch.nn.Module:
+    """The checkpoint's own ChatGLMForConditionalGeneration, in eval mode on the CPU.
+
+    dtype: what the weights are cast to; in the stored dtype they stay mapped from the shards.
+    num_layers: only the first so many layers. code: another source than the checkpoint's `modeling_chatglm.py`.
+    meta: no weights are read, parameters are on the meta device.
+    inv_freq is computed, as upstream does it: rounded to fp16, then cast to dtype.
+    """
+    source = code or checkpoint.code
+    sha256 = code_sha256(source)
+    if sha256 not in _announced:
+        _announced.add(sha256)
+        print(f"Running remote code from {source} (sha256 {sha256[:16]}...); nothing is downloaded.", file=sys.stderr)
+    config = dict(checkpoint.config)
+    if num_layers is not None:
+        config["num_layers"] = min(num_layers, checkpoint.num_layers)
+    model, _ = compat.build_model(checkpoint.directory, source, config, dtype)
+    if not meta:
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        unknown = sorted(set(wanted) - set(checkpoint.tensors))
+        if unknown:
+            raise WorkbookError(
+                f"{source} has a parameter {unknown[0]!r} that no shard holds: source and weights differ in kind."
+            )
+        model.load_state_dict(read_tensors(checkpoint, list(wanted), dtype), strict=False, assign=True)
+    return model.eval()
+
+
+def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The named weights as dtype; one that is stored so is a view of the mapped file, not a copy."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted({checkpoint.tensors[name].file for name in names}):
+        mine = [name for name in names if checkpoint.tensors[name].file == file]
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as shard:
+                tensors |= {name: shard.get_tensor(name).to(dtype) for name in mine}
+        else:
+            state = shards.load_bin(file)
+            tensors |= {name: state[name].to(dtype) for name in mine}
+    return tensors
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The workbook's tokenizer over the checkpoint's `ice_text.model`."""
+    return Tokenizer(checkpoint.directory / "ice_text.model")
+
+
+def working_copy(source: str | Path, runs: str | Path | None = None) -> Path:
+    """Make or refresh `models/run/NAME` beside the checkpoint and return it; the original is never written to.
+
+    Small files are copied, large ones hard-linked to the file that a symbolic link may stand for. A source that was
+    patched in the copy stays patched, unless the checkpoint's own source has changed since.
+    """
+    source = Path(source)
+    target = Path(runs) / source.name if runs else source.parent / "run" / source.name
+    if source.resolve().parent.name == "run":
+        return source
+    open_checkpoint(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        real, copy = file.resolve(), target / file.name
+        if real.stat().st_size >= LINK_BYTES:
+            _link(real, copy)
+        elif file.name == CODE_NAME and (target / BACKUP_NAME).exists():
+            if (target / BACKUP_NAME).read_bytes() != real.read_bytes():
+                (target / BACKUP_NAME).unlink()
+                _copy(real, copy)
+        elif not copy.exists() or copy.read_bytes() != real.read_bytes():
+            _copy(real, copy)
+    return target
+
+
+def _copy(file: Path, copy: Path) -> None:
+    temporary = copy.with_name(copy.name + ".tmp")
+    shutil.copyfile(file, temporary)
+    temporary.replace(copy)
+
+
+def _link(file: Path, copy: Path) -> None:
+    if copy.exists() and copy.samefile(file):
+        return
+    copy.unlink(missing_ok=True)
+    try:
+        copy.hardlink_to(file)
+    except OSError as error:
+        raise WorkbookError(
+            f"{copy} cannot be a hard link to {file} ({error.strerror}): keep the checkpoint and its working "
+            "copy on one file system, for instance by moving the checkpoint into models/."
+        ) from None

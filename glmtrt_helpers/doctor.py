@@ -1,0 +1,141 @@
+"""`glmtrt doctor`: what this machine has, and which parts of the workbook run on it."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# Compute capabilities that NVIDIA lists for TensorRT-RTX, and the first release that refuses Hopper at load time.
+RTX_CAPABILITIES = {(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)}
+RTX_REFUSES_HOPPER = (1, 7)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as the driver describes it; memory in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that the driver shows; none without a driver. PyTorch is not asked: its build may lack CUDA."""
+    try:
+        from cuda.bindings import driver
+
+        if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS:
+            return []
+        found = []
+        attribute = driver.CUdevice_attribute
+        for index in range(driver.cuDeviceGetCount()[1]):
+            device = driver.cuDeviceGet(index)[1]
+            major, minor = (
+                driver.cuDeviceGetAttribute(which, device)[1]
+                for which in (
+                    attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                    attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                )
+            )
+            name = driver.cuDeviceGetName(256, device)[1].split(b"\0")[0].decode()
+            found.append(Gpu(name, (major, minor), int(driver.cuDeviceTotalMem(device)[1])))
+        return found
+    except (ImportError, RuntimeError, OSError):
+        return []
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tensorrt_verdict(package: str, release: str, gpu: Gpu | None) -> str:
+    """Whether a TensorRT package runs on a GPU, in a few words, as far as NVIDIA says and as was seen."""
+    if package == "tensorrt":
+        return "runs on this GPU's capability" if gpu and gpu.capability >= (7, 5) else "needs a GPU, also to build"
+    if gpu is None:
+        return "parses and builds engines; running one needs a GPU"
+    if gpu.capability in RTX_CAPABILITIES:
+        return "builds and runs on this GPU"
+    if gpu.capability == (9, 0):
+        if tuple(int(part) for part in release.split(".")[:2]) < RTX_REFUSES_HOPPER:
+            return "builds and runs here, though NVIDIA does not list Hopper"
+        return "refuses Hopper: install 1.6.1.120 or the full tensorrt"
+    return "builds; NVIDIA does not list this GPU"
+
+
+def report(directory: Path | None = None) -> list[tuple[str, str, str]]:
+    """Rows (what, what was found, what follows) on this machine; disk is that of `directory`."""
+    gib = 2**30
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(directory or Path.cwd())
+    cards = gpus()
+    rows = [
+        ("Python", platform.python_version(), "3.11 to 3.13"),
+        ("CPU", f"{os.cpu_count()} cores, {platform.machine()}", "2 cores suffice for every notebook"),
+        ("memory", f"{memory.total / gib:.0f} GiB, {memory.available / gib:.0f} free", _memory_verdict(memory.total)),
+        ("disk", f"{disk.free / gib:.0f} GiB free", _disk_verdict(disk.free)),
+    ]
+    for gpu in cards:
+        capability = ".".join(map(str, gpu.capability))
+        rows.append(("GPU", f"{gpu.name}, {gpu.memory / gib:.0f} GiB", f"compute capability {capability}"))
+    if not cards:
+        rows.append(("GPU", "none", "every part so far runs without one"))
+    for package in ("tensorrt-rtx", "tensorrt"):
+        release = version(package)
+        if release:
+            rows.append((package, release, tensorrt_verdict(package, release, cards[0] if cards else None)))
+        elif package == "tensorrt-rtx":
+            rows.append((package, "not installed", "notebooks 02 to 04 want its parser: make test or pip install -e ."))
+    rows += [(package, version(package) or "not installed", "") for package in ("torch", "transformers", "onnx")]
+    rows.append(("ONNX Runtime", version("onnxruntime-gpu") or version("onnxruntime") or "not installed", _providers()))
+    return rows
+
+
+def parts(gpu_memory: int = 0) -> list[tuple[str, str, str]]:
+    """Rows (part of the workbook, runs here on the small checkpoint, runs here on the real one)."""
+    total = psutil.virtual_memory().total
+    free = shutil.disk_usage(Path.cwd()).free
+    gb = 10**9
+
+    def verdict(need_memory: float, need_disk: float) -> str:
+        if total < need_memory * gb:
+            return f"no: needs {need_memory:.0f} GB of memory"
+        return "yes" if free > need_disk * gb else f"no: needs {need_disk:.0f} GB of disk"
+
+    return [
+        ("00 checkpoint", "yes", verdict(4, 14)),
+        ("01 forward inputs", "yes", verdict(16, 14)),
+        ("02 patch", "yes", verdict(4, 14)),
+        ("03 export", "yes", verdict(4, 14)),
+        ("04 inspect", "yes", verdict(4, 14)),
+        ("04 verify", "yes", verdict(32, 14)),
+    ]
+
+
+def _providers() -> str:
+    try:
+        import onnxruntime
+
+        return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    except ImportError:
+        return ""
+
+
+def _memory_verdict(total: int) -> str:
+    return (
+        "small checkpoint: 2 GiB; real one: 4 GiB to export, 32 GiB to verify whole"
+        if total >= 2 * 2**30
+        else "too little"
+    )
+
+
+def _disk_verdict(free: int) -> str:
+    return "room for the real checkpoint (13.4 GB)" if free > 15e9 else "the real checkpoint needs 13.4 GB"

@@ -1,0 +1,122 @@
+"""Write a checkpoint directory as upstream lays one out: configuration, remote code, tokenizer, sharded weights."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sentencepiece import sentencepiece_model_pb2
+
+from glmtrt_helpers.checkpoints import expected_shapes
+from glmtrt_helpers.tokenizer import SPECIAL_TOKENS, complete_model
+
+TEMPLATE = Path(__file__).parent / "template"
+
+
+def make_config(pieces: int, **sizes: int) -> dict[str, Any]:
+    """A `config.json` in upstream's fields for a sentencepiece model of so many plain pieces.
+
+    sizes: num_layers, hidden_size, num_attention_heads, inner_hidden_size, max_sequence_length.
+    """
+    complete = pieces + len(SPECIAL_TOKENS) + 80 + 256
+    ids = {token: pieces + index for index, token in enumerate(SPECIAL_TOKENS)}
+    return {
+        "_name_or_path": "glmtrt-workbook/chatglm-standin",
+        "architectures": ["ChatGLMModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+            "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+        },
+        "bos_token_id": ids["<sop>"],
+        "eos_token_id": ids["<eop>"],
+        "gmask_token_id": ids["[gMASK]"],
+        "mask_token_id": ids["[MASK]"],
+        "pad_token_id": 3,
+        "layernorm_epsilon": 1e-05,
+        "model_type": "chatglm",
+        "position_encoding_2d": True,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "vocab_size": -(-complete // 32) * 32,
+        **sizes,
+    }
+
+
+def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """fp16 weights by state-dict name: normal matrices (std 0.05), LayerNorm near the identity, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in expected_shapes(config).items():
+        noise = torch.randn(shape, generator=generator) * (0.05 if len(shape) == 2 else 0.02)
+        weights[name] = (noise + 1.0 if "layernorm.weight" in name else noise).half()
+    return weights
+
+
+def write_checkpoint(
+    directory: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: sentencepiece_model_pb2.ModelProto,
+    num_shards: int = 2,
+) -> None:
+    """Write the whole file set of a checkpoint into `directory`; weights must be fp16, inv_freq is added.
+
+    tokenizer: plain pieces only; special tokens, white space and bytes are appended here.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in TEMPLATE.glob("*.py"):
+        shutil.copyfile(file, directory / file.name)
+    complete_model(tokenizer)
+    (directory / "ice_text.model").write_bytes(tokenizer.SerializeToString())
+    _write_json(directory / "config.json", config)
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "name_or_path": config["_name_or_path"],
+            "bos_token": "<sop>",
+            "eos_token": "<eop>",
+            "gmask_token": "[gMASK]",
+            "mask_token": "[MASK]",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "padding_side": "left",
+            "do_lower_case": False,
+            "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+            "tokenizer_class": "ChatGLMTokenizer",
+        },
+    )
+    _write_shards(directory, _with_inv_freq(config, weights), num_shards)
+
+
+def _with_inv_freq(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    rotary = config["hidden_size"] // config["num_attention_heads"] // 2
+    inv_freq = (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()
+    stored = {name: tensor.contiguous() for name, tensor in weights.items()}
+    for i in range(config["num_layers"]):
+        stored[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = inv_freq.clone()
+    return stored
+
+
+def _write_shards(directory: Path, weights: Mapping[str, torch.Tensor], num_shards: int) -> None:
+    """Fill shards in the order of the names, about equal in size, and write the index."""
+    total = sum(tensor.nbytes for tensor in weights.values())
+    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(num_shards)]
+    written = 0
+    for name, tensor in weights.items():
+        shards[min(num_shards - 1, written * num_shards // total)][name] = tensor
+        written += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{num_shards:05}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
