@@ -1,0 +1,139 @@
+"""`glmtrt`: the steps of the notebooks for a machine without a browser.
+
+Each command prints a short table and exits with 0 only if its work is done and right. Bad input gets one line on
+standard error and exit code 1.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from glmtrt_helpers.errors import WorkbookError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Directory = Annotated[Path, typer.Argument(help="a checkpoint, usually its working copy models/run/NAME")]
+Dtype = Annotated[str, typer.Option(help="fp16 or fp32")]
+
+
+def main() -> None:
+    """Entry point: WorkbookError becomes one line and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except WorkbookError as error:
+        print(f"glmtrt: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("glmtrt: interrupted; nothing half-written was left.", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and which parts of the workbook run on it."""
+    from glmtrt_helpers import doctor as checks
+    from glmtrt_helpers.pictures import print_table
+
+    print_table(["what", "found", "so"], checks.report())
+    print_table(["part", "small checkpoint", "real checkpoint (6.7 billion)"], checks.parts())
+
+
+@app.command()
+def standin(
+    directory: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
+    seed: Annotated[int, typer.Option(help="seed of weights and order")] = 0,
+) -> None:
+    """Train the small stand-in checkpoint on its corpus, a few minutes on two cores."""
+    from glmtrt_helpers.pictures import print_table
+    from glmtrt_helpers.standin import train
+
+    margins = train.build_standin(directory, seed=seed)
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    rows = [("answers learned", len(train.load_corpus())), ("bytes", size)]
+    print_table(["what", "value"], [*rows, *((f"lowest margin, {name}", value) for name, value in margins.items())])
+
+
+@app.command()
+def copy(source: Annotated[Path, typer.Argument(help="a checkpoint")] = Path("models/chatglm_tiny")) -> None:
+    """Make or refresh the working copy models/run/NAME that every later step reads and writes."""
+    from glmtrt_helpers import checkpoints
+    from glmtrt_helpers.pictures import print_table
+
+    target = checkpoints.working_copy(source)
+    opened = checkpoints.open_checkpoint(target)
+    columns = ["working copy", "layers", "hidden", "tensors", "bytes of weights"]
+    row = (str(target), opened.num_layers, opened.hidden_size, len(opened.tensors), opened.weight_bytes)
+    print_table(columns, [row])
+
+
+@app.command()
+def inputs(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option(help="what to ask while recording")] = "你好",
+    max_new: Annotated[int, typer.Option(help="at most so many answer tokens")] = 32,
+) -> None:
+    """Record what forward is called with during a chat; writes inputs.json."""
+    from glmtrt_helpers import checkpoints, runtime
+    from glmtrt_helpers import inputs as recorder
+    from glmtrt_helpers.pictures import print_table
+
+    checkpoint = checkpoints.open_checkpoint(directory)
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    ids = recorder.chat_prompt(tokenizer, prompt)
+    session = runtime.TorchSession(checkpoints.load_model(checkpoint))
+    with recorder.record(session.model) as calls:
+        answer = runtime.greedy(session, checkpoint, ids, max_length=len(ids) + max_new)
+    path = recorder.save_record(checkpoint, calls)
+    names = ["input_ids", "position_ids", "attention_mask", "past_key_values.0.key"]
+    print_table(
+        ["call", *names], [(c.kind, *(str(tuple(c.shapes[n])) for n in names)) for c in (*calls[:3], calls[-1])]
+    )
+    print(f"{tokenizer.decode(answer)}\n{len(calls)} calls recorded in {path}", file=sys.stderr)
+
+
+@app.command()
+def patch(
+    directory: Directory,
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if something is unpatched")] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="put the source back as it came")] = False,
+) -> None:
+    """Mend the traps in modeling_chatglm.py; the source as it came is kept beside it."""
+    raise WorkbookError("not wired yet")
+
+
+@app.command()
+def export(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    exporter: Annotated[str, typer.Option(help="dynamo or torchscript")] = "dynamo",
+    opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
+) -> None:
+    """Export the patched model to ONNX; its weights stay where they lie, in the checkpoint's shards."""
+    raise WorkbookError("not wired yet")
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None:
+    """Summarise an exported graph; exit 1 if it has a pinned dimension or a dead input."""
+    raise WorkbookError("not wired yet")
+
+
+@app.command()
+def verify(directory: Directory, dtype: Dtype = "fp16") -> None:
+    """Compare the export with PyTorch at shapes it was not exported with; exit 1 beyond the tolerance."""
+    raise WorkbookError("not wired yet")
+
+
+@app.command()
+def workbook(
+    model: Annotated[str, typer.Option(help="the checkpoint to run on")] = "models/chatglm_tiny",
+    output: Annotated[Path, typer.Option(help="where the executed copies go")] = Path("build/notebooks"),
+) -> None:
+    """Execute every notebook in order, from clean kernels."""
+    from glmtrt_helpers import workbook as book
+
+    Console().print(f"Executing {len(book.notebooks())} notebooks on {model} into {output}")
+    book.run_all(model, output)

@@ -1,0 +1,93 @@
+"""What the notebooks have in common: finding the working copy, and running them all in order."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from glmtrt_helpers import checkpoints, pictures
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.errors import WorkbookError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_MODEL = "models/chatglm_tiny"
+# Set by `make workbook MODEL=...`; a path from the project's folder, or an absolute one.
+MODEL_VARIABLE = "GLMTRT_MODEL"
+
+
+def start(*, create: bool = False) -> Checkpoint:
+    """Open the working copy of the chosen checkpoint; every notebook begins with this.
+
+    The current directory becomes the project's folder, so that paths read the same in a notebook and in a shell.
+    create: make or refresh the working copy (notebook 00). Without it, a missing copy is an error naming notebook 00.
+    """
+    os.chdir(ROOT)
+    pictures.use_workbook_style()
+    source = Path(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
+    if create:
+        return checkpoints.open_checkpoint(checkpoints.working_copy(source))
+    copy = source if source.parent.name == "run" else source.parent / "run" / source.name
+    if not copy.is_dir():
+        raise WorkbookError(f"{copy} is missing: run notebook 00_start_here or `glmtrt copy {source}` first.")
+    return checkpoints.open_checkpoint(copy)
+
+
+@contextlib.contextmanager
+def expect(error: type[BaseException], says: str = "", lines: int = 3) -> Iterator[None]:
+    """Stage a failure: the block must raise `error` with `says` in its text; prints the end of what it said.
+
+    A block that does not fail, or fails otherwise, is itself an error: the lesson it stages would be untrue.
+    """
+    try:
+        yield
+    except error as caught:
+        text = str(caught).strip()
+        if says not in text:
+            raise
+        said = [line.strip() for line in text.splitlines() if line.strip()]
+        shown = next((i for i, line in enumerate(said) if says in line), 0)
+        print(f"{type(caught).__name__}: " + "\n  ".join(line[:300] for line in said[shown : shown + lines]))
+    else:
+        raise AssertionError(f"this cell was to fail with {error.__name__} and did not")
+
+
+def notebooks() -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def execute(notebook: Path, output: Path, timeout: int = 1200) -> None:
+    """Run one notebook from a clean kernel and write the executed copy; an error output is raised as WorkbookError."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    content = nbformat.read(notebook, as_version=4)
+    client = NotebookClient(
+        content, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client.execute(env={**os.environ, "PYTHONHASHSEED": "0"})
+    except CellExecutionError as error:
+        raise WorkbookError(f"{notebook.name} failed: {error.ename}: {error.evalue}; see {output}.") from error
+    finally:
+        temporary = output.with_name(output.name + ".tmp")
+        nbformat.write(content, temporary)
+        temporary.replace(output)
+
+
+def run_all(model: str, output: Path) -> None:
+    """Execute every notebook on `model`, with progress, into `output`."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    os.environ[MODEL_VARIABLE] = model
+    paths = notebooks()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+        for number, path in enumerate(paths, 1):
+            task = progress.add_task(f"{number}/{len(paths)} {path.stem}", total=1)
+            execute(path, output / path.name)
+            progress.update(task, advance=1)
+            if not sys.stdout.isatty():
+                print(f"{number}/{len(paths)} {path.stem} done", flush=True)
