@@ -132,8 +132,8 @@ def example_inputs(
     mask = (~visible[past:]).repeat(batch, 1, 1, 1)
     rows = torch.stack([torch.where(index < sop, index, gmask), (index - sop + 1).clamp(min=0)])[:, past:]
     positions = rows.repeat(batch, 1, 1)
-    low = min(100, checkpoint.vocab_size // 2)
-    ids = torch.randint(low, int(checkpoint.config["mask_token_id"]), (batch, sequence), generator=generator)
+    first_piece = 6  # behind <unk>, <s>, </s>, <pad>, <n> and "▁"
+    ids = torch.randint(first_piece, int(checkpoint.config["mask_token_id"]), (batch, sequence), generator=generator)
     for row, pad in enumerate(padding or ()):
         mask[row, :, :, :pad] = True
         shifted = (positions[row, 0] - pad).clamp(min=0)

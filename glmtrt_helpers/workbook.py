@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,14 @@ def start(*, create: bool = False) -> Checkpoint:
     if not copy.is_dir():
         raise WorkbookError(f"{copy} is missing: run notebook 00_start_here or `glmtrt copy {source}` first.")
     return checkpoints.open_checkpoint(copy)
+
+
+def scratch_copy(label: str) -> Path:
+    """A fresh, unpatched copy of the shipped checkpoint under build/scratch/, for lessons that break something."""
+    copy = Path("build/scratch") / label
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(DEFAULT_MODEL, copy)
+    return copy
 
 
 @contextlib.contextmanager
