@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import replacing
 
 # An index, the single file that may stand in its place, in the order they are looked for.
 _LAYOUTS = (
@@ -129,3 +131,58 @@ def _bin_header(file: Path) -> dict[str, StoredTensor]:
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor)
     }
+
+
+def to_safetensors(directory: Path, progress: Callable[[str], None] = lambda phase: None) -> None:
+    """Stream the `.bin` shards of a checkpoint into safetensors beside them, one tensor at a time.
+
+    A shard that is already whole is kept, so a killed run goes on where it stopped; the index is written last, and only
+    then does the checkpoint count as safetensors. Adds the size of the weights on disk, no memory.
+    """
+    stored = locate_tensors(directory)
+    sources = sorted({tensor.file for tensor in stored.values()})
+    weight_map: dict[str, str] = {}
+    for number, source in enumerate(sources, 1):
+        target = directory / f"model-{number:05}-of-{len(sources):05}.safetensors"
+        names = [name for name, tensor in stored.items() if tensor.file == source]
+        progress(f"{source.name} -> {target.name} ({number} of {len(sources)})")
+        if not _is_whole(target, {name: stored[name] for name in names}):
+            _stream_shard(load_bin(source), names, {name: stored[name] for name in names}, target)
+        weight_map |= dict.fromkeys(names, target.name)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())}, "weight_map": weight_map}
+    with replacing(directory / _LAYOUTS[0][0]) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_whole(target: Path, expected: Mapping[str, StoredTensor]) -> bool:
+    if not target.exists():
+        return False
+    try:
+        found = read_header(target)
+    except WorkbookError:
+        return False
+    return {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+
+
+def _stream_shard(
+    state: Mapping[str, torch.Tensor], names: list[str], stored: Mapping[str, StoredTensor], target: Path
+) -> None:
+    """Write one shard by hand (8 bytes of length, a JSON header, the data): the library cannot stream."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = stored[name]
+        if tensor.dtype not in _BIN_DTYPES.values():
+            raise WorkbookError(f"{tensor.file}: {name!r} is {tensor.dtype}, only fp16, bf16 and fp32 are exported.")
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(target) as temporary, temporary.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            stream.write(memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1)))
