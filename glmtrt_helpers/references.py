@@ -1,0 +1,220 @@
+"""What the right answer is: the cases, their inputs, what PyTorch makes of them, and how far from it is still right.
+
+The reference never passed through a patch: the source as it came, in fp32, with the checkpoint's fp16 weights.
+
+In fp16 the measuring rod is PyTorch's own fp16: a graph may be wrong by half as much again, not more. But the rotary
+angles of an fp16 model are no rounding noise: behind position 512 they are off by up to a quarter radian, and every
+backend has to be off by the same. So the fp32 reference of an fp16 graph takes its angles in fp16, as the source does
+in fp16, and all that is left between the two is the noise of the arithmetic.
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from glmtrt_helpers import checkpoints, inputs, runtime
+from glmtrt_helpers.checkpoints import Checkpoint
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+# Allowed error as a part of the largest value of a tensor; in fp16 also so many times PyTorch's own error.
+FLOORS = {"fp16": 2e-3, "fp32": 1e-4}
+MARGIN = 1.5
+# One tensor of one layer is a small sample of the noise: of right graphs it was seen to reach 2.3 times PyTorch's own
+# error, while faults begin at ten times.
+LAYER_MARGIN = 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape to compare at. padding: tokens at the left of each row that are padding, counted from the past's start.
+
+    at_end: positions are moved up until the largest is the last that the model has, max_length - 1.
+    """
+
+    name: str
+    batch: int
+    sequence: int
+    past: int
+    padding: tuple[int, ...] = ()
+    at_end: bool = False
+
+
+# (2, 5, 3), the example of the export, is not among them.
+CASES = (
+    Case("one token, no past", 1, 1, 0),
+    Case("prompt", 1, 17, 0),
+    Case("decode", 1, 1, 9),
+    Case("decode after 600", 1, 1, 600),
+    Case("chunk on a past", 1, 6, 4),
+    Case("batch of 4 prompts", 4, 7, 0),
+    Case("batch of 4, decode", 4, 1, 12),
+    Case("left-padded prompts", 3, 8, 0, padding=(0, 3, 5)),
+    Case("left-padded decode", 2, 1, 11, padding=(0, 4)),
+    Case("last positions", 2, 4, 2, at_end=True),
+)
+# Mask, padding and batch at once: where a single case has to do.
+LAYER_CASE = CASES[7]
+
+
+def fit(case: Case, max_length: int) -> tuple[Case | None, str]:
+    """The case, with a shorter past where the model is too short for it; None where even that does not fit; and why."""
+    if case.past + case.sequence <= max_length:
+        return case, ""
+    past = max_length - case.sequence
+    if past < 1 or past <= max(case.padding, default=0):
+        return None, f"the model has {max_length} positions"
+    return replace(case, past=past), f"past {case.past} cut to {past}: the model has {max_length} positions"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place between two modules: what goes into ("in") or comes out of ("out") the module at `module`.
+
+    tensor: its name in the graph. layer: None outside of the layers.
+    """
+
+    layer: int | None
+    part: str
+    module: str
+    side: str
+    tensor: str
+
+    @property
+    def name(self) -> str:
+        return self.part if self.layer is None else f"layer {self.layer} {self.part}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A case made ready. own_errors: by tensor the error of PyTorch fp16 against `wanted`; empty in fp32."""
+
+    case: Case
+    flat: dict[str, torch.Tensor]
+    wanted: dict[str, torch.Tensor]
+    own_errors: dict[str, float]
+
+
+def references(
+    checkpoint: Checkpoint, dtype: str, cases: Sequence[Case], points: Sequence[Point] = ()
+) -> list[Reference]:
+    """Inputs in dtype and fp32 outputs of every case, those at `points` among them.
+
+    One model is in memory at a time: of the real checkpoint fp32 takes 27 GB, fp16 stays mapped from the shards.
+    """
+    session = _source_session(checkpoint, torch.float32, rotary=DTYPES[dtype], points=points)
+    ready = []
+    for case in cases:
+        flat = case_inputs(checkpoint, case, session, DTYPES[dtype])
+        ready.append(Reference(case, flat, session.run(_cast(flat, torch.float32)), {}))
+    if dtype == "fp32":
+        return ready
+    del session
+    gc.collect()  # modules hold each other in cycles; 27 GB should not wait for the collector's leisure
+    session = _source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
+    return [replace(one, own_errors=_own_errors(one, session.run(one.flat))) for one in ready]
+
+
+def _own_errors(one: Reference, got: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {name: largest_error(name, one.flat, wanted, got[name])[0] for name, wanted in one.wanted.items()}
+
+
+class _TracedSession(runtime.TorchSession):
+    """PyTorch whose outputs include what passed the points."""
+
+    def __init__(self, model: torch.nn.Module, points: Sequence[Point]):
+        super().__init__(model)
+        self.points = points
+
+    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen: dict[str, torch.Tensor] = {}
+        handles = [_watch(self.model.get_submodule(point.module), point, seen) for point in self.points]
+        try:
+            return super().run(flat) | seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _watch(module: torch.nn.Module, point: Point, seen: dict[str, torch.Tensor]) -> RemovableHandle:
+    def before(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        seen[point.tensor] = args[0]
+
+    def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[point.tensor] = output[0] if isinstance(output, tuple) else output
+
+    return module.register_forward_pre_hook(before) if point.side == "in" else module.register_forward_hook(after)
+
+
+def _source_session(
+    checkpoint: Checkpoint, dtype: torch.dtype, rotary: torch.dtype, points: Sequence[Point]
+) -> _TracedSession:
+    """The source as it came, in dtype, with the rotary tables that it computes in the dtype `rotary`."""
+    model = checkpoints.load_model(checkpoint, dtype, code=checkpoint.pristine_code)
+    for module in model.modules():
+        # The source builds positions, angles and tables in inv_freq's dtype.
+        if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.inv_freq = module.inv_freq.to(rotary)
+    return _TracedSession(model, points)
+
+
+def _cast(flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in flat.items()}
+
+
+def case_inputs(
+    checkpoint: Checkpoint, case: Case, reference: runtime.Session, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Flat inputs of a case, its cache computed by the reference over a prompt of `past` tokens and rounded to dtype.
+
+    The prompt ends before <sop>, so that all of it sees all of itself; <sop> is the first of the new tokens. Padding
+    sees nothing at all, as in a batch of a chat (`inputs.prompt_inputs`).
+    """
+    padding = case.padding or (0,) * case.batch
+    left = torch.tensor(padding)[:, None]
+    flat = inputs.example_inputs(checkpoint, case.batch, case.sequence, case.past, dtype, padding=padding)
+    shift = checkpoint.max_length - 1 - flat["position_ids"].amax(dim=(0, 2)) if case.at_end else torch.zeros(2).long()
+    flat["position_ids"] += shift[:, None]
+    flat["attention_mask"] |= (torch.arange(case.past, case.past + case.sequence) < left)[:, None, :, None]
+    if not case.past:
+        return flat
+    prefix = inputs.example_inputs(checkpoint, case.batch, case.past, 0, torch.float32, padding=padding, seed=1)
+    index = torch.arange(case.past)
+    row0 = (index - left).clamp(min=0)
+    prefix["position_ids"] = torch.stack([row0, torch.zeros_like(row0)], dim=1) + shift[:, None]
+    padded = (index < left)[:, None]
+    prefix["attention_mask"] = padded[:, :, None, :] | padded[:, :, :, None]
+    presents = reference.run(prefix)
+    past = {
+        name.replace("present", "past_key_values"): t for name, t in presents.items() if name.startswith("present.")
+    }
+    return flat | _cast(past, dtype)
+
+
+def largest_error(
+    name: str, flat: Mapping[str, torch.Tensor], wanted: torch.Tensor, got: torch.Tensor
+) -> tuple[float, float]:
+    """Largest difference between two tensors and the largest magnitude of the wanted one, padding left out.
+
+    What stands at a padded position means nothing: no real token ever looks there, and how a row is filled that may
+    see nothing at all is each backend's own choice. It must be finite all the same, for a NaN that is looked at with
+    weight 0 is still a NaN: anything that is not finite makes the error NaN.
+    """
+    # The last token sees everything but padding.
+    padded = flat["attention_mask"][:, 0, -1, :].expand(wanted.shape[0 if name == "logits" else 1], -1)
+    # Logits are (batch, sequence, vocabulary), all else is (sequence or past + sequence, batch, ...).
+    keep = ~padded[:, -wanted.shape[1] :] if name == "logits" else ~padded[:, -wanted.shape[0] :].T
+    scale = float(wanted[keep].abs().max())
+    if not torch.isfinite(got).all():
+        return float("nan"), scale
+    return float((got[keep].float() - wanted[keep].float()).abs().max()), scale
+
+
+def tolerance(dtype: str, scale: float, own_error: float | None, margin: float = MARGIN) -> float:
+    """The error allowed for a tensor whose largest value is `scale`; own_error: PyTorch fp16's, None in fp32."""
+    floor = FLOORS[dtype] * scale
+    # Where PyTorch fp16 itself overflows it is no measure.
+    return max(floor, margin * own_error) if own_error is not None and own_error < float("inf") else floor
