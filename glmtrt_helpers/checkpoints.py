@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class Checkpoint:
     def max_length(self) -> int:
         return int(self.config.get("max_sequence_length", 2048))
 
+    def first_layers(self, count: int) -> "Checkpoint":
+        """The same checkpoint as a model of only its first layers: to compare at full width without full memory."""
+        return replace(self, config={**self.config, "num_layers": min(count, self.num_layers)})
+
     @property
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -113,6 +117,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise WorkbookError(f"{path} has no usable {key!r} ({config.get(key)!r}): download it again.")
+    # Configurations of March 2023 name <sop> and <eop> only; the order of the special tokens never changed.
+    sop = config.setdefault("bos_token_id", 150004)
+    for key, value in (("mask", sop - 4), ("gmask", sop - 3), ("eos", sop + 1), ("pad", 3)):
+        config.setdefault(f"{key}_token_id", value)
     return config
 
 
@@ -184,34 +192,35 @@ def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
 
 
 def code_sha256(path: Path) -> str:
-    """SHA-256 of a source file, as `load_model` prints it."""
+    """SHA-256 of a source file, as `announce` prints it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def announce(source: Path) -> None:
+    """Say, once for each text, that remote code is about to run, where it lies and what its hash is."""
+    sha256 = code_sha256(source)
+    if sha256 not in _announced:
+        _announced.add(sha256)
+        print(f"Running remote code from {source} (sha256 {sha256[:16]}...); nothing is downloaded.", file=sys.stderr)
 
 
 def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype = torch.float32,
     *,
-    num_layers: int | None = None,
     code: Path | None = None,
     meta: bool = False,
 ) -> torch.nn.Module:
     """The checkpoint's own ChatGLMForConditionalGeneration, in eval mode on the CPU.
 
     dtype: what the weights are cast to; in the stored dtype they stay mapped from the shards.
-    num_layers: only the first so many layers. code: another source than the checkpoint's `modeling_chatglm.py`.
+    code: another source than the checkpoint's `modeling_chatglm.py`.
     meta: no weights are read, parameters are on the meta device.
     inv_freq is computed, as upstream does it: rounded to fp16, then cast to dtype.
     """
     source = code or checkpoint.code
-    sha256 = code_sha256(source)
-    if sha256 not in _announced:
-        _announced.add(sha256)
-        print(f"Running remote code from {source} (sha256 {sha256[:16]}...); nothing is downloaded.", file=sys.stderr)
-    config = dict(checkpoint.config)
-    if num_layers is not None:
-        config["num_layers"] = min(num_layers, checkpoint.num_layers)
-    model, _ = compat.build_model(checkpoint.directory, source, config, dtype)
+    announce(source)
+    model, _ = compat.build_model(checkpoint.directory, source, checkpoint.config, dtype)
     if not meta:
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         unknown = sorted(set(wanted) - set(checkpoint.tensors))
@@ -238,8 +247,8 @@ def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The workbook's tokenizer over the checkpoint's `ice_text.model`."""
-    return Tokenizer(checkpoint.directory / "ice_text.model")
+    """The workbook's tokenizer over the checkpoint's `ice_text.model`, in the ids of its configuration."""
+    return Tokenizer(checkpoint.directory / "ice_text.model", int(checkpoint.config["gmask_token_id"]))
 
 
 def working_copy(source: str | Path, runs: str | Path | None = None) -> Path:

@@ -6,7 +6,7 @@ standard error and exit code 1.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -101,7 +101,24 @@ def patch(
     restore: Annotated[bool, typer.Option("--restore", help="put the source back as it came")] = False,
 ) -> None:
     """Mend the traps in modeling_chatglm.py; the source as it came is kept beside it."""
-    raise WorkbookError("not wired yet")
+    from glmtrt_helpers import patches
+    from glmtrt_helpers.pictures import print_table
+
+    if restore:
+        print(f"{patches.restore_checkpoint(directory)} is as it came.")
+        return
+    before = patches.check_checkpoint(directory)
+    if not check:
+        patches.patch_checkpoint(directory)
+    now = patches.check_checkpoint(directory)
+    rows = [(name, before[name].state, now[name].state, _lines(now[name])) for name in before]
+    print_table(["patch", "before", "now", "at line"], rows)
+    if any(trap.state == "unpatched" for trap in now.values()):
+        raise typer.Exit(1)
+
+
+def _lines(trap: Any) -> str:
+    return ", ".join(str(site.line) for site in trap.sites)
 
 
 @app.command()
@@ -112,19 +129,45 @@ def export(
     opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
 ) -> None:
     """Export the patched model to ONNX; its weights stay where they lie, in the checkpoint's shards."""
-    raise WorkbookError("not wired yet")
+    from glmtrt_helpers import checkpoints
+    from glmtrt_helpers import export as exporting
+    from glmtrt_helpers.pictures import print_table
+
+    checkpoint = checkpoints.open_checkpoint(directory)
+    done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=_say)
+    columns = ["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"]
+    nodes = sum(done.nodes.values())
+    print_table(columns, [(str(done.path), done.file_bytes, done.referred_bytes, nodes, done.seconds)])
+
+
+def _say(phase: str) -> None:
+    print(f"{phase} ...", file=sys.stderr, flush=True)
 
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None:
     """Summarise an exported graph; exit 1 if it has a pinned dimension or a dead input."""
-    raise WorkbookError("not wired yet")
+    from glmtrt_helpers import graphs
+
+    Console().print(graphs.summarize(file))
+    found = graphs.problems(file)
+    for problem in found:
+        print(f"glmtrt: {problem}", file=sys.stderr)
+    if found:
+        raise typer.Exit(1)
 
 
 @app.command()
 def verify(directory: Directory, dtype: Dtype = "fp16") -> None:
     """Compare the export with PyTorch at shapes it was not exported with; exit 1 beyond the tolerance."""
-    raise WorkbookError("not wired yet")
+    from glmtrt_helpers import checkpoints, verification
+
+    result = verification.verify(checkpoints.open_checkpoint(directory), dtype)
+    Console().print(result)
+    for problem in result.problems:
+        print(f"glmtrt: {problem}", file=sys.stderr)
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,11 +6,12 @@ state-dict name whose external data points into the checkpoint's own safetensors
 
 import io
 import logging
+import re
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 OPSETS = {"dynamo": range(18, 25), "torchscript": range(17, 21)}
 DEFAULT_OPSET = 18
 # Sizes of 1 would be pinned by dynamo, equal sizes could be taken for one dimension.
-EXAMPLE = {"batch": 2, "sequence": 5, "past": 3}
+EXAMPLE = (2, 5, 3)  # batch, sequence, past
 # The TorchScript exporter serializes the weights into one message before they can be taken out again.
 _TORCHSCRIPT_BYTES = 1_500_000_000
 _STORED = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
@@ -66,6 +67,7 @@ def export_model(
     *,
     exporter: str = "dynamo",
     opset: int = DEFAULT_OPSET,
+    example: tuple[int, int, int] = EXAMPLE,
     allow_unpatched: bool = False,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> ExportReport:
@@ -73,7 +75,8 @@ def export_model(
 
     Inputs and outputs are those of `inputs.input_names` and `inputs.output_names`; dimensions are called batch,
     sequence, past and total (= past + sequence). fp32 is a Cast of the stored fp16 weights, in the graph.
-    `.bin` shards become safetensors first. Raises WorkbookError for an unpatched source (unless `allow_unpatched`),
+    example: (batch, sequence, past) of the call that is traced. `.bin` shards become safetensors first.
+    Raises WorkbookError for an unpatched source (unless `allow_unpatched`),
     an unknown exporter, dtype or opset, and a graph that lost an input or pinned a dimension.
     """
     started = time.perf_counter()
@@ -87,8 +90,9 @@ def export_model(
     _check_shards(checkpoint)
     progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
     trace = _trace_dynamo if exporter == "dynamo" else _trace_torchscript
-    with _quiet():
-        model = trace(checkpoint, DTYPES[dtype], opset)
+    checkpoints.announce(checkpoint.code)
+    with quiet():
+        model = trace(checkpoint, DTYPES[dtype], opset, example)
         progress("tidying the graph")
         _tidy(model, checkpoint)
         _name_dimensions(model)
@@ -142,7 +146,7 @@ def _check_shards(checkpoint: Checkpoint) -> None:
             )
 
 
-def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int) -> ir.Model:
+def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]) -> ir.Model:
     """torch.export on weights that have a shape and no data, so memory does not depend on the model's size."""
     model = checkpoints.load_model(checkpoint, dtype, meta=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -160,7 +164,7 @@ def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int) -> ir.
     }
     program = torch.onnx.export(
         model,
-        kwargs=inputs.forward_kwargs(inputs.example_inputs(checkpoint, **EXAMPLE, dtype=dtype)),
+        kwargs=inputs.forward_kwargs(inputs.example_inputs(checkpoint, *example, dtype=dtype)),
         dynamo=True,
         optimize=False,  # the default folds transposed copies of the weights into the graph
         opset_version=opset,
@@ -173,7 +177,9 @@ def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int) -> ir.
     return program.model
 
 
-def _trace_torchscript(checkpoint: Checkpoint, dtype: torch.dtype, opset: int) -> ir.Model:
+def _trace_torchscript(
+    checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]
+) -> ir.Model:
     """The exporter of 2023, for comparison: it runs the model once on real weights and writes down what happened."""
     if checkpoint.weight_bytes > _TORCHSCRIPT_BYTES:
         raise WorkbookError(
@@ -190,12 +196,11 @@ def _trace_torchscript(checkpoint: Checkpoint, dtype: torch.dtype, opset: int) -
     }
     axes |= {name: {0: "past", 1: "batch"} for name in names_in[3:]}
     axes |= {name: {0: "total", 1: "batch"} for name in names_out[1:]}
-    example = inputs.forward_kwargs(inputs.example_inputs(checkpoint, **EXAMPLE, dtype=dtype))
     buffer = io.BytesIO()
     torch.onnx.export(
         model,
-        kwargs=example,
-        f=buffer,
+        kwargs=inputs.forward_kwargs(inputs.example_inputs(checkpoint, *example, dtype=dtype)),
+        f=buffer,  # type: ignore[arg-type]
         dynamo=False,
         do_constant_folding=False,  # it would fold transposed copies of the weights
         opset_version=opset,
@@ -254,7 +259,6 @@ def _name_dimensions(model: ir.Model) -> None:
     if ids is None or past is None:
         return
     names = {str(ids[0]): "batch", str(ids[1]): "sequence", str(past[0]): "past"}
-    names |= {f"{past[0]} + {ids[1]}": "total", f"{ids[1]} + {past[0]}": "total"}
     if mask is not None:
         names[str(mask[3])] = "total"
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
@@ -266,7 +270,8 @@ def _name_dimensions(model: ir.Model) -> None:
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
     if isinstance(dim, int) or dim.value is None:
         return dim if isinstance(dim, int) else None
-    return names.get(str(dim), str(dim))
+    text = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), str(dim))
+    return re.sub(r"past \+ sequence|sequence \+ past", "total", text)
 
 
 def _refer_to_shards(model: ir.Model, checkpoint: Checkpoint, wanted: ir.DataType) -> None:
@@ -304,12 +309,12 @@ def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def _quiet() -> Any:
-    """The exporters warn about themselves (torchvision, deprecations, tracing); what matters is checked afterwards."""
+def quiet() -> Any:
+    """The exporters print at length (torchvision, deprecations, whole graphs); what matters is raised or checked."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

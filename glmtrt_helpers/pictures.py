@@ -54,6 +54,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     (console or Console()).print(table)
 
 
+def print_rich(*tables: Any) -> None:
+    """Print anything that rich can draw, as text in a terminal and as HTML in a notebook."""
+    Console().print(*tables)
+
+
 def format_cell(cell: Any) -> str:
     """A table cell: ints with thousands marks, floats with three digits, yes and no for booleans."""
     if isinstance(cell, bool):

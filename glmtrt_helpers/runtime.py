@@ -49,7 +49,7 @@ class OrtSession:
         if not path.exists():
             raise WorkbookError(f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}`.")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, not printed as well
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

@@ -185,4 +185,4 @@ def _stream_shard(
     with replacing(target) as temporary, temporary.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            stream.write(memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1)))
+            stream.write(state[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)

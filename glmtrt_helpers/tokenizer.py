@@ -16,6 +16,8 @@ SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"
 MAX_BLANK = 80
 PAD_ID = 3
 NEWLINE_ID = 4
+# Before the vocabulary was slimmed, so many image tokens came first.
+IMAGE_TOKENS = 20000
 
 # Inside the tokenizer white space is spelt with private characters, one for each piece. Spelt as upstream spells it
 # ("<n>", "<|tab|>"), the same words typed by a user would turn into white space.
@@ -52,8 +54,11 @@ def complete_model(proto: sentencepiece_model_pb2.ModelProto) -> None:
 class Tokenizer:
     """Encode and decode with one `ice_text.model`."""
 
-    def __init__(self, model_file: str | Path):
-        """Read the sentencepiece model; raises WorkbookError if the file is missing, damaged or of another family."""
+    def __init__(self, model_file: str | Path, gmask_id: int | None = None):
+        """Read the sentencepiece model; raises WorkbookError if the file is missing, damaged or of another family.
+
+        gmask_id: the configuration's id of [gMASK]. Before 6 April 2023 pieces were numbered from 20000.
+        """
         path = Path(model_file)
         proto = sentencepiece_model_pb2.ModelProto()
         try:
@@ -80,13 +85,21 @@ class Tokenizer:
             proto.pieces[self._ids[name]].type = kind.USER_DEFINED
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-        self.pad_id = PAD_ID
+        self._first = 0 if gmask_id is None else gmask_id - self._ids["[gMASK]"]
+        if self._first not in (0, IMAGE_TOKENS):
+            raise WorkbookError(
+                f"{path} makes [gMASK] {self._ids['[gMASK]']}, config.json {gmask_id}: take both from one checkpoint."
+            )
+        self._ids = {name: index + self._first for name, index in self._ids.items()}
+        self.pad_id = self._first + PAD_ID
         self.mask_id = self._ids["[MASK]"]
         self.gmask_id = self._ids["[gMASK]"]
         self.sop_id = self._ids["<sop>"]
         self.eop_id = self._ids["<eop>"]
         self.size = len(proto.pieces)
-        self._special_ids = {self._ids[token] for token in SPECIAL_TOKENS} | {0, 1, 2, PAD_ID}
+        self._special_ids = {self._ids[token] for token in SPECIAL_TOKENS} | {
+            self._first + i for i in (0, 1, 2, PAD_ID)
+        }
 
     @staticmethod
     def _private_spelling() -> dict[str, str]:
@@ -97,7 +110,7 @@ class Tokenizer:
         text = text.replace("\n", _NEWLINE).replace("\t", _TAB)
         for length in range(MAX_BLANK, 1, -1):  # the longest run first
             text = text.replace(" " * length, _BLANKS[length])
-        return list(self._sp.encode(text))
+        return [self._first + piece for piece in self._sp.encode(text)]
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt: text, [gMASK], <sop>. The real checkpoint makes "你好" 5, 74874, 130001, 130004."""
@@ -105,7 +118,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; special tokens and padding are left out, a half-finished character reads as U+FFFD."""
-        text = str(self._sp.decode([int(i) for i in ids if int(i) not in self._special_ids and int(i) < self.size]))
+        known = (int(i) for i in ids if self._first <= int(i) < self._first + self.size)
+        text = str(self._sp.decode([i - self._first for i in known if i not in self._special_ids]))
         for name, private in self._private_spelling().items():
             length = int(name[8:-2]) if name.startswith("<|blank_") else 0
             text = text.replace(private, {"<n>": "\n", "<|tab|>": "\t"}.get(name, " " * length))

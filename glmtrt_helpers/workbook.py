@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from glmtrt_helpers import checkpoints, pictures
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
@@ -42,8 +44,22 @@ def scratch_copy(label: str) -> Path:
     return copy
 
 
+def scratch_file(name: str) -> Path:
+    """A path under build/scratch/ for something that is thrown away."""
+    path = Path("build/scratch") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def reference_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What PyTorch runs in on a CPU: fp32, or fp16 with mapped weights where fp32 would not fit a laptop."""
+    return torch.float32 if checkpoint.weight_bytes < 2e9 else torch.float16
+
+
 @contextlib.contextmanager
-def expect(error: type[BaseException], says: str = "", lines: int = 3) -> Iterator[None]:
+def expect(
+    error: type[BaseException] | tuple[type[BaseException], ...], says: str = "", lines: int = 3
+) -> Iterator[None]:
     """Stage a failure: the block must raise `error` with `says` in its text; prints the end of what it said.
 
     A block that does not fail, or fails otherwise, is itself an error: the lesson it stages would be untrue.
@@ -58,7 +74,7 @@ def expect(error: type[BaseException], says: str = "", lines: int = 3) -> Iterat
         shown = next((i for i, line in enumerate(said) if says in line), 0)
         print(f"{type(caught).__name__}: " + "\n  ".join(line[:300] for line in said[shown : shown + lines]))
     else:
-        raise AssertionError(f"this cell was to fail with {error.__name__} and did not")
+        raise AssertionError(f"this cell was to fail with {error} and did not")
 
 
 def notebooks() -> list[Path]:

@@ -190,7 +190,7 @@ def test_inv_freq_is_computed_not_read(tiny_random: Path) -> None:
 
 def test_dtype_layers_and_meta(tiny_random: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(tiny_random)
-    half = checkpoints.load_model(checkpoint, torch.float16, num_layers=1)
+    half = checkpoints.load_model(checkpoint.first_layers(1), torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.float16} and len(half.transformer.layers) == 1
     assert not half.training
     meta = checkpoints.load_model(checkpoint, meta=True)

@@ -1,4 +1,4 @@
-"""The tokenizer against the rules of the checkpoint: special tokens, white space, bytes, text that only looks special."""
+"""The tokenizer against the rules of the checkpoint: special tokens, white space, bytes, text that looks special."""
 
 from pathlib import Path
 
@@ -64,3 +64,13 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ice_text.model").write_bytes(b"not a model at all")
     with pytest.raises(WorkbookError, match=r"ice_text\.model"):
         Tokenizer(tmp_path / "ice_text.model")
+
+
+def test_ids_from_before_the_vocabulary_was_slimmed(tokenizer: Tokenizer, _random_master: Path) -> None:
+    """Checkpoints of March 2023 count 20000 image tokens first; text comes back the same."""
+    old = Tokenizer(_random_master / "ice_text.model", tokenizer.gmask_id + 20000)
+    text = "你好，the 🙂\n\t  x"
+    assert old.encode(text) == [i + 20000 for i in tokenizer.encode(text)]
+    assert old.decode(old.encode(text)) == text and old.piece(old.sop_id) == "<sop>"
+    with pytest.raises(WorkbookError, match=r"take both from one checkpoint"):
+        Tokenizer(_random_master / "ice_text.model", tokenizer.gmask_id + 7)

@@ -1,7 +1,7 @@
 """The tokenizer of the stand-in as transformers would load it, with upstream's order of initialisation.
 
 `super().__init__()` runs before `sp_tokenizer` exists. transformers has asked for the vocabulary inside that call
-since 4.34, so on a present-day release this class ends in the well-known AttributeError. The workbook's own
+since 4.34, so there this class ends in the well-known AttributeError (in transformers 5: a TypeError). The workbook's own
 tokenizer (`glmtrt_helpers/tokenizer.py`) reads the same `ice_text.model` without it.
 """
 
