@@ -6,6 +6,7 @@ transformers has since removed, so the workbook drives `forward` itself (`glmtrt
 
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,17 @@ def build_model(
     model_class = getattr(module, MODEL_CLASS, None)
     if configuration_class is None or model_class is None:
         raise WorkbookError(f"{source} defines no {MODEL_CLASS}: it is not the remote code of ChatGLM-6B.")
+    if "full_attention_mask" in inspect.signature(getattr(module, "ChatGLMModel", model_class).forward).parameters:
+        raise WorkbookError(
+            f"{source} takes a full_attention_mask, and an attention_mask of the opposite meaning (VisualGLM and its "
+            "branches): take modeling_chatglm.py from the main branch of THUDM/chatglm-6b."
+        )
+    attention = getattr(module, "attention_fn", None)
+    if dtype != torch.float16 and attention is not None and ".half()" in inspect.getsource(attention):
+        raise WorkbookError(
+            f"{source} casts attention probabilities with .half(), as the first upload of 14 March 2023 did, so it runs in "
+            "fp16 only and cannot be verified: take a later modeling_chatglm.py."
+        )
     configuration = configuration_class(**{k: v for k, v in config.items() if k not in ("transformers_version",)})
     if not hasattr(configuration, "num_hidden_layers"):
         configuration.num_hidden_layers = configuration.num_layers

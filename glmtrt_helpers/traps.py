@@ -21,11 +21,12 @@ CONSTRUCTS = {
     "unconditional_mask_fill": "the mask fill behind `if not (attention_mask == 0).all()`",
     "fixed_rotary_table": "the table in RotaryEmbedding.forward",
 }
-# Names that give other families away; their code has other traps.
+# Names that give other families away, in this order: their code has other traps, or other inputs.
 _FAMILIES = {
     "multi_query_attention": "ChatGLM2, ChatGLM3 or GLM-4",
     "GLMTransformer": "ChatGLM2, ChatGLM3 or GLM-4",
     "image_encoder": "VisualGLM",
+    "full_attention_mask": "the dev_mask branch, whose attention_mask says which tokens are padding",
 }
 
 
@@ -43,9 +44,9 @@ def look(source: Source, name: str, edits: Edits, max_length: int) -> Trap:
     max_length: rows of the rotary tables, 0 only to look. Raises WorkbookError, naming line and construct, for what is
     not the source of ChatGLM-6B and for what is ambiguous.
     """
-    for word in source.find(cst.Name):
-        if word.value in _FAMILIES:
-            source.refuse(word, f"this is the source of {_FAMILIES[word.value]}, not of ChatGLM-6B")
+    words = {word.value: word for word in source.find(cst.Name) if word.value in _FAMILIES}
+    for name_of_family in (name for name in _FAMILIES if name in words):
+        source.refuse(words[name_of_family], f"this is the source of {_FAMILIES[name_of_family]}, not of ChatGLM-6B")
     unpatched, patched = _LOOKS[name](source, edits, max_length)
     state = UNPATCHED if unpatched else PATCHED if patched else ABSENT
     return Trap(state, tuple(sorted(unpatched or patched)))

@@ -208,6 +208,33 @@ def test_code_that_does_not_fit_is_refused(tiny_random: Path) -> None:
         checkpoints.load_model(checkpoint)
 
 
+def test_fork_with_a_reversed_mask_is_refused_by_name(tiny_random: Path) -> None:
+    checkpoint = checkpoints.open_checkpoint(tiny_random)
+    source = checkpoint.code.read_text()
+    changed = source.replace(
+        "attention_mask=None, past_key_values=None",
+        "attention_mask=None, full_attention_mask=None, past_key_values=None",
+        1,
+    )
+    assert changed != source
+    checkpoint.code.write_text(changed)
+    with pytest.raises(WorkbookError, match="full_attention_mask"):
+        checkpoints.load_model(checkpoint)
+
+
+def test_the_first_upload_runs_in_fp16_only_and_says_so(tiny_random: Path) -> None:
+    checkpoint = checkpoints.open_checkpoint(tiny_random)
+    source = checkpoint.code.read_text()
+    changed = source.replace(
+        "F.softmax(attention_scores, dim=-1).to(dtype)", "F.softmax(attention_scores, dim=-1).half()"
+    )
+    assert changed != source
+    checkpoint.code.write_text(changed)
+    checkpoints.load_model(checkpoint, torch.float16)
+    with pytest.raises(WorkbookError, match=r"\.half\(\)"):
+        checkpoints.load_model(checkpoint, torch.float32)
+
+
 def test_fork_that_synchronizes_runs_without_a_gpu(tiny_random: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(tiny_random)
     source = checkpoint.code.read_text()
