@@ -88,8 +88,8 @@ def build_model(
     attention = getattr(module, "attention_fn", None)
     if dtype != torch.float16 and attention is not None and ".half()" in inspect.getsource(attention):
         raise WorkbookError(
-            f"{source} casts attention probabilities with .half(), as the first upload of 14 March 2023 did, so it runs in "
-            "fp16 only and cannot be verified: take a later modeling_chatglm.py."
+            f"{source} casts attention probabilities with .half(), as the first upload of March 2023 did, so it runs "
+            "in fp16 only and cannot be verified: take a later modeling_chatglm.py."
         )
     configuration = configuration_class(**{k: v for k, v in config.items() if k not in ("transformers_version",)})
     if not hasattr(configuration, "num_hidden_layers"):

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from onnx import helper
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from glmtrt_helpers import checkpoints, export, graphs, pictures, runtime
@@ -62,12 +63,12 @@ class Verification:
         return bool(self.rows) and all(row.ok for row in self.rows) and not self.problems
 
     def __rich__(self) -> Table:
-        caption = "\n".join([*(f"skipped {case.name}: {why}" for case, why in self.skipped), *self.problems])
-        title = f"{self.onnx_path.name} against PyTorch"
+        notes = [f"{row.case.name}: {row.note}" for row in self.rows if row.note]
+        notes += [f"skipped {case.name}: {why}" for case, why in self.skipped] + self.problems
+        table = Table(title=f"{self.onnx_path.name} against PyTorch", title_justify="left")
+        table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
         # Tight enough for a terminal of 80 characters.
-        table = Table(
-            title=title, title_justify="left", caption=caption or None, box=SIMPLE_HEAD, padding=0, pad_edge=False
-        )
+        table.box, table.padding, table.pad_edge = SIMPLE_HEAD, 0, False
         table.add_column("case", min_width=11, overflow="fold")
         for column in ("batch", "new", "past", "error", "allowed", "PyTorch\nfp16"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -76,10 +77,8 @@ class Verification:
         for row in self.rows:
             case, own = row.case, "" if row.own_error is None else f"{row.own_error:.1e}"
             shape = (str(case.batch), str(case.sequence), str(case.past))
-            verdict = ("yes " if row.ok else "NO ") + row.note
-            table.add_row(
-                case.name, *shape, f"{row.error:.1e}", f"{row.tolerance:.1e}", own, row.tensor, verdict.strip()
-            )
+            numbers = (*shape, f"{row.error:.1e}", f"{row.tolerance:.1e}", own)
+            table.add_row(case.name, *numbers, row.tensor, "yes" if row.ok else "NO")
         return table
 
 
@@ -133,7 +132,9 @@ def _exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | None) 
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
     if layers != checkpoint.num_layers or other:
         what = f"the shape of {other[0]} differs" if other else f"{layers} layers for {checkpoint.num_layers}"
-        raise WorkbookError(f"{path} was exported from another checkpoint ({what}): export {checkpoint.directory}.")
+        raise WorkbookError(
+            f"{path} was exported from another checkpoint ({what}): export {checkpoint.directory} again."
+        )
     return path
 
 

@@ -90,7 +90,11 @@ def execute(notebook: Path, output: Path, timeout: int = 1200) -> None:
 
     content = nbformat.read(notebook, as_version=4)
     client = NotebookClient(
-        content, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
+        content,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(notebook.parent)}},
+        extra_arguments=["--log-level=ERROR"],  # the kernel warns about its transport
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
