@@ -1,5 +1,6 @@
 """`glmtrt doctor`: what this machine has, and which parts of the workbook run on it."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -53,6 +54,10 @@ def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        pass
+    try:  # unpacked by hand on a machine that can install nothing, a package has no metadata
+        return str(importlib.import_module(package.replace("-", "_")).__version__)
+    except (ImportError, AttributeError):
         return None
 
 

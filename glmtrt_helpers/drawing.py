@@ -92,13 +92,11 @@ class _Picture:
         """Fold Add(Mul(x, cos), Mul(Concat(Neg(Slice(x)), Slice(x)), sin)) into the Add's box."""
         index = self.index
         products = [index.producer.get(name) for name in self._data(i)]
-        if index.nodes[i].op_type != "Add" or len(products) != 2:
+        if index.nodes[i].op_type != "Add" or len(products) != 2 or None in products:
             return
-        for straight, turned in (products, products[::-1]):
-            if straight is None or turned is None or index.nodes[straight].op_type != "Mul":
-                continue
-            joins = [index.producer[n] for n in self._data(turned) if n in index.producer]
-            for join in (j for j in joins if index.nodes[j].op_type == "Concat"):
+        straight, turned = (product for product in products if product is not None)
+        for join in (index.producer.get(name) for name in self._data(turned)):
+            if join is not None and index.nodes[join].op_type == "Concat":
                 nodes, roots = self._halves(join)
                 if len(roots) == 1 and roots <= set(self._data(straight)):
                     self.leader |= dict.fromkeys(nodes | {straight, turned, join}, i)

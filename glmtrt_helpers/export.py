@@ -6,7 +6,6 @@ state-dict name whose external data points into the checkpoint's own safetensors
 
 import io
 import logging
-import re
 import time
 import warnings
 from collections import Counter
@@ -19,11 +18,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
-from onnxscript import optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glmtrt_helpers import checkpoints, inputs, patches, shards
+from glmtrt_helpers import checkpoints, inputs, patches, rewriting, shards
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
@@ -36,7 +33,6 @@ DEFAULT_OPSET = 18
 EXAMPLE = (2, 5, 3)  # batch, sequence, past
 # The TorchScript exporter serializes the weights into one message before they can be taken out again.
 _TORCHSCRIPT_BYTES = 1_500_000_000
-_STORED = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
 _WANTED = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 CODE_KEY = "glmtrt.code_sha256"
 
@@ -94,9 +90,9 @@ def export_model(
     with quiet():
         model = trace(checkpoint, DTYPES[dtype], opset, example)
         progress("tidying the graph")
-        _tidy(model, checkpoint)
-        _name_dimensions(model)
-        _refer_to_shards(model, checkpoint, _WANTED[dtype])
+        rewriting.tidy(model, checkpoint)
+        rewriting.name_dimensions(model)
+        rewriting.refer_to_shards(model, checkpoint, _WANTED[dtype])
         if not allow_unpatched:
             _check_interface(model, checkpoint)
     model.producer_name = "glmtrt"
@@ -209,91 +205,6 @@ def _trace_torchscript(
         dynamic_axes=axes,
     )
     return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
-
-
-def _tidy(model: ir.Model, checkpoint: Checkpoint) -> None:
-    """Fold what is constant, the rotary tables above all, but nothing that touches a weight; keep one of each table.
-
-    The tables must be constants: a fused kernel would leave out the rounding of the fp16 angle between product and
-    cosine, and late positions would turn by another angle than PyTorch's.
-    """
-    weights = set(checkpoint.tensors)
-    for name, initializer in model.graph.initializers.items():
-        if name in weights and "inv_freq" not in name:
-            initializer.const_value = None
-
-    def should_fold(node: ir.Node) -> bool | None:
-        touches_weight = any(value is not None and value.name in weights for value in node.inputs)
-        return False if touches_weight and "inv_freq" not in str(node.inputs) else None
-
-    table_bytes = 64 * checkpoint.max_length * checkpoint.head_size
-    optimizer.optimize_ir(model, should_fold=should_fold, input_size_limit=table_bytes, output_size_limit=table_bytes)
-    ir.passes.Sequential(
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(size_limit=table_bytes),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-    )(model)
-    for node in model.graph:
-        # Which layer a node came from is worth keeping; stack traces name the folders of one machine.
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        node.metadata_props.clear()
-        node.doc_string = None
-        if scopes:
-            node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    for node in model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name = "chatglm"
-
-
-def _name_dimensions(model: ir.Model) -> None:
-    """Give the symbols of dynamo (s18, s17 + s22, ...) the names a reader expects, everywhere in the graph."""
-    shapes = {value.name: value.shape for value in model.graph.inputs}
-    ids, mask = shapes.get("input_ids"), shapes.get("attention_mask")
-    past = shapes.get("past_key_values.0.key")
-    if ids is None or past is None:
-        return
-    names = {str(ids[0]): "batch", str(ids[1]): "sequence", str(past[0]): "past"}
-    if mask is not None:
-        names[str(mask[3])] = "total"
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
-
-
-def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:
-    if isinstance(dim, int) or dim.value is None:
-        return dim if isinstance(dim, int) else None
-    text = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), str(dim))
-    return re.sub(r"past \+ sequence|sequence \+ past", "total", text)
-
-
-def _refer_to_shards(model: ir.Model, checkpoint: Checkpoint, wanted: ir.DataType) -> None:
-    """Point every weight into its shard; where it is stored in another dtype, a Cast in the graph converts it."""
-    graph = model.graph
-    for name in [name for name in graph.initializers if name in checkpoint.tensors]:
-        stored = checkpoint.tensors[name]
-        value = graph.initializers.pop(name)
-        data = ir.ExternalTensor(
-            stored.file.name, stored.offset, stored.nbytes, _STORED[stored.dtype], shape=ir.Shape(stored.shape),
-            name=name, base_dir=str(checkpoint.directory),
-        )  # fmt: skip
-        weight = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(data.dtype), const_value=data)
-        if data.dtype == wanted:
-            value.replace_all_uses_with(weight)
-        else:
-            cast = ir.node("Cast", [weight], {"to": wanted}, name=f"{name}.cast")
-            cast.outputs[0].name = f"{name}.{wanted.name.lower()}"
-            cast.outputs[0].shape, cast.outputs[0].type = weight.shape, ir.TensorType(wanted)
-            value.replace_all_uses_with(cast.outputs[0])
-            graph.insert_before(graph[0], cast)
-        graph.register_initializer(weight)
 
 
 def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:

@@ -123,12 +123,13 @@ class _Rewriter(cst.CSTTransformer):
             kept: list[Any] = [statement]
             behind: list[cst.EmptyLine] = []
             if before in self.edits.dropped:
-                kept, behind = [], [*carried, *_leading_lines(statement)]
+                kept, behind = [], _leading_lines(statement)
             elif before in self.edits.unwrapped:
                 kept, behind = _unwrap(cst.ensure_type(statement, cst.If))
             if kept:
                 kept[0] = kept[0].with_changes(leading_lines=[*carried, *_leading_lines(kept[0])])
-            body, carried = body + kept, behind
+                carried = []
+            body, carried = body + kept, carried + behind
         return updated_node.with_changes(body=body, footer=[*carried, *updated_node.footer])
 
 
@@ -139,8 +140,11 @@ def _unwrap(branch: cst.If) -> tuple[list[Any], list[cst.EmptyLine]]:
         return [cst.SimpleStatementLine(suite.body, branch.leading_lines, suite.trailing_whitespace)], []
     block = cst.ensure_type(suite, cst.IndentedBlock)
     beside = [cst.EmptyLine(comment=block.header.comment)] if block.header.comment else []
-    leading = [*branch.leading_lines, *beside, *_leading_lines(block.body[0])]
-    return [block.body[0].with_changes(leading_lines=leading), *block.body[1:]], [*block.footer]
+    leading = [*branch.leading_lines, *beside]
+    if not block.body:  # everything in it was dropped
+        return [], [*leading, *block.footer]
+    first = block.body[0].with_changes(leading_lines=[*leading, *_leading_lines(block.body[0])])
+    return [first, *block.body[1:]], [*block.footer]
 
 
 def _leading_lines(statement: cst.CSTNode) -> list[cst.EmptyLine]:

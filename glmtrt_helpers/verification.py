@@ -1,4 +1,4 @@
-"""Notebook 05: does the exported graph compute what the model computes, and if not, where does it begin to differ?
+"""Notebook 04: does the exported graph compute what the model computes, and if not, where does it begin to differ?
 
 `verify` compares outputs at shapes that the export has not seen; `layer_errors` compares what every layer hands to the
 next. What is right, and how far from it is still right, is said in `glmtrt_helpers/references.py`.

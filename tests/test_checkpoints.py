@@ -235,7 +235,8 @@ def test_the_first_upload_runs_in_fp16_only_and_says_so(tiny_random: Path) -> No
         checkpoints.load_model(checkpoint, torch.float32)
 
 
-def test_fork_that_synchronizes_runs_without_a_gpu(tiny_random: Path) -> None:
+def test_fork_that_synchronizes_runs_without_a_gpu(tiny_random: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     checkpoint = checkpoints.open_checkpoint(tiny_random)
     source = checkpoint.code.read_text()
     call = "        hidden_states = inputs_embeds.transpose(0, 1)"

@@ -123,6 +123,16 @@ def test_comments_of_a_last_statement_stay_in_its_block() -> None:
     assert source.rewritten(edits) == "def f(x):\n    pass\n    y = 1\n    # end\n\nz = 2\n"
 
 
+def test_a_branch_that_lost_its_statements_leaves_its_comments() -> None:
+    source, edits = (
+        Source("def f(x):\n    # one\n    if x:\n        # two\n        y = 1\n    # three\n    return x\n"),
+        Edits(),
+    )
+    edits.unwrapped.add(source.find(cst.If)[0])
+    edits.dropped.add(source.find(cst.SimpleStatementLine)[0])
+    assert source.rewritten(edits) == "def f(x):\n    # one\n    # two\n    # three\n    return x\n"
+
+
 def test_sites_count_lines_as_an_editor_does() -> None:
     """A form feed or U+2028 in a string ends no line; the byte order mark is not in the first."""
     source = Source('\ufeffa = "x\u2028y\\f"\r\n\r\n# c\r\ndef f():\r\n    return 1\r\n')

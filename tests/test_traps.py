@@ -203,6 +203,15 @@ def test_mask_fill_in_place_stays_in_place_and_its_neighbours_come_along() -> No
     assert patches.patch_source(source, 512, only=["unconditional_mask_fill"]) == expected
 
 
+def test_a_table_that_is_stored_but_made_on_each_call_has_only_its_length_to_fix() -> None:
+    """A fork in which only the length is remembered in the branch."""
+    start, end = FORK.index("      # count"), FORK.index("      # grown\n")
+    inside = FORK[start:end].replace("\n      ", "\n    ").replace("      # count", "    # count")
+    source = FORK[:start] + inside + FORK[end:].replace("      # grown", "    # grown")
+    patched = patches.patch_source(source, 512, only=["fixed_rotary_table"])
+    assert patched == patches.patch_source(FORK, 512, only=["fixed_rotary_table"])
+
+
 # A construct, what a fork made of it, and words of the refusal.
 REFUSED = {
     "other axis": ("s . squeeze(1)", "s.squeeze(0)", "squeeze(1) inside F.embedding is written in another way"),
@@ -279,6 +288,7 @@ def test_refuses_a_patched_table_of_another_length() -> None:
         ("class GLMTransformer: pass", "ChatGLM2"),
         ("x.multi_query_attention", "ChatGLM3"),
         ("def image_encoder(): pass", "VisualGLM"),
+        ("def forward(full_attention_mask=None): pass", "the dev_mask branch"),
     ],
 )
 def test_refuses_other_families_by_name(marker: str, family: str) -> None:
