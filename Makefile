@@ -23,6 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 lab: $(INSTALLED)
+	$(BIN)/jupyter trust notebooks/*.ipynb  # or JupyterLab hides the committed pictures until a cell is run
 	$(BIN)/jupyter lab notebooks
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ transformers has since removed, so the workbook drives `forward` itself (`glmtrt
 import importlib.machinery
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ MENDS = (
         "set to an empty mapping: lm_head and word_embeddings are stored apart",
     ),
     Mend(
+        "absolute imports",
+        "some forks import their siblings without a dot, which works only inside their own folder",
+        "the folder is on the path while the source is imported, and its modules are forgotten afterwards",
+    ),
+    Mend(
         "GenerationMixin",
         "transformers 5 warns that a model without GenerationMixin cannot generate",
         "silenced: the workbook never calls generate",
@@ -64,17 +70,23 @@ MENDS = (
     ),
 )
 
+_MEND = {mend.name: mend for mend in MENDS}
+
 
 def build_model(
     directory: Path, source: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[torch.nn.Module, list[Mend]]:
     """Build the model on the meta device from local source files; returns it with the mends that were needed."""
     module = import_remote_code(directory, source)
-    applied = [MENDS[0], MENDS[4]]
+    applied = [_MEND["skip_init"], _MEND["GenerationMixin"]]
     module.skip_init = lambda cls, *args, **kwargs: cls(*args, **kwargs)  # type: ignore[attr-defined]
+    if re.search(
+        r"^from (configuration_chatglm|quantization) import", source.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        applied.append(_MEND["absolute imports"])
     if not torch.cuda.is_available() and "cuda.synchronize" in source.read_text(encoding="utf-8"):
         module.torch = _TorchWithoutSynchronize()  # type: ignore[attr-defined]
-        applied.append(MENDS[5])
+        applied.append(_MEND["cuda.synchronize"])
 
     configuration_class = getattr(module, "ChatGLMConfig", None)
     model_class = getattr(module, MODEL_CLASS, None)
@@ -94,7 +106,7 @@ def build_model(
     configuration = configuration_class(**{k: v for k, v in config.items() if k not in ("transformers_version",)})
     if not hasattr(configuration, "num_hidden_layers"):
         configuration.num_hidden_layers = configuration.num_layers
-        applied.append(MENDS[2])
+        applied.append(_MEND["num_hidden_layers"])
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -104,10 +116,10 @@ def build_model(
         logging.set_verbosity(verbosity)
     if not hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = {}
-        applied.append(MENDS[3])
+        applied.append(_MEND["all_tied_weights_keys"])
     model.to(dtype)  # on the meta device this costs nothing; parameters that upstream makes half become dtype
     _compute_inv_freq(model, dtype)
-    applied.append(MENDS[1])
+    applied.append(_MEND["inv_freq"])
     return model, applied
 
 
@@ -125,6 +137,8 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[package_name], sys.modules[name] = package, module
     previous, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    before = set(sys.modules)
+    sys.path.insert(0, str(directory.resolve()))  # some forks write `from configuration_chatglm import ...`
     try:
         loader.exec_module(module)
     except Exception as error:
@@ -135,6 +149,9 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
         ) from error
     finally:
         sys.dont_write_bytecode = previous
+        sys.path.remove(str(directory.resolve()))
+        for sibling in {path.stem for path in directory.glob("*.py")} & (set(sys.modules) - before):
+            del sys.modules[sibling]  # the next checkpoint has siblings of its own
     return module
 
 

@@ -88,7 +88,15 @@ def export_model(
     trace = _trace_dynamo if exporter == "dynamo" else _trace_torchscript
     checkpoints.announce(checkpoint.code)
     with quiet():
-        model = trace(checkpoint, DTYPES[dtype], opset, example)
+        try:
+            model = trace(checkpoint, DTYPES[dtype], opset, example)
+        except WorkbookError:
+            raise
+        except Exception as error:  # exporters raise their own kinds, around the one that tells
+            raise WorkbookError(
+                f"{checkpoint.code}: the {exporter} exporter cannot follow this source ({_reason(error)}): see "
+                "notebook 02_patch_rotary_flatten, or take modeling_chatglm.py from THUDM/chatglm-6b."
+            ) from error
         progress("tidying the graph")
         rewriting.tidy(model, checkpoint)
         rewriting.name_dimensions(model)
@@ -111,6 +119,13 @@ def export_model(
         Counter(node.op_type for node in model.graph),
         time.perf_counter() - started,
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause: its kind and how its text begins."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
 
 
 def _check_request(dtype: str, exporter: str, opset: int) -> None:

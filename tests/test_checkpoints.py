@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,18 @@ def test_the_first_upload_runs_in_fp16_only_and_says_so(tiny_random: Path) -> No
     checkpoints.load_model(checkpoint, torch.float16)
     with pytest.raises(WorkbookError, match=r"\.half\(\)"):
         checkpoints.load_model(checkpoint, torch.float32)
+
+
+def test_fork_that_imports_its_siblings_without_a_dot(tiny_random: Path) -> None:
+    checkpoint = checkpoints.open_checkpoint(tiny_random)
+    source = checkpoint.code.read_text()
+    changed = source.replace("from .configuration_chatglm import", "from configuration_chatglm import")
+    assert changed != source
+    checkpoint.code.write_text(changed)
+    before = set(sys.path), set(sys.modules)
+    _, applied = compat.build_model(checkpoint.directory, checkpoint.code, checkpoint.config, torch.float32)
+    assert "absolute imports" in [mend.name for mend in applied]
+    assert set(sys.path) == before[0] and "configuration_chatglm" not in sys.modules
 
 
 def test_fork_that_synchronizes_runs_without_a_gpu(tiny_random: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exporting import exported_copy
+from onnx import numpy_helper, parser
 from test_layered import overlapping, rectangles
 
 from glmtrt_helpers import drawing, export, graphs, scopes
@@ -38,7 +40,8 @@ def test_the_attention_can_be_seen(tmp_path: Path, dtype: str, layer: int) -> No
     edge |= {f"present.{layer}.key", f"present.{layer}.value", "hidden states", "to the residual"}
     assert edge <= set(shown) and {"query_key_value", "dense"} <= set(shown)
     assert {"cos table", "sin table"} <= set(shown) and len([name for name in shown if "table" in name]) == 2
-    assert not {"Shape", "Slice", "Neg", "Unsqueeze"} & set(shown) and len(shown) <= 60
+    assert shown.count("to the residual") == 1  # what is prepared for the other layers, too, does not leave
+    assert not {"Shape", "Slice", "Neg", "Unsqueeze", "Transpose", "Add"} & set(shown) and len(shown) <= 60
 
 
 def test_arrows_are_the_ways_of_the_data(tmp_path: Path) -> None:
@@ -91,6 +94,37 @@ def test_a_torchscript_export_is_folded_alike(tmp_path: Path) -> None:
     path = export.export_model(checkpoint, "fp16", exporter="torchscript").path
     shown = titles(picture_of(path, 1))
     assert shown.count("Rotary") == 4 and shown.count("Concat with past") == 2 and len(shown) <= 60
+
+
+SHARED = """
+<ir_version: 8, opset_import: ["" : 18]>
+small (float[n, 4] x) => (float[n, 4] y)
+{
+    h = MatMul (x, w)
+    flat = Reshape (h, minus)
+    probabilities = Softmax (h)
+    back = Reshape (probabilities, whole)
+    joined = MatMul (back, w)
+    biased = Add (joined, b)
+    y = Mul (biased, flat)
+}
+"""
+
+
+def test_only_what_has_one_reader_is_folded() -> None:
+    """h is read twice, so its Reshape is a box of its own; the bias and the second Reshape join what is before them."""
+    model = parser.parse_model(SHARED)
+    constants = {"w": np.zeros((4, 4), np.float32), "b": np.zeros(4, np.float32), "minus": np.array([-1]),
+                 "whole": np.array([-1, 4])}  # fmt: skip
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    for node in model.graph.node:
+        node.name = f"/transformer/layers.0/attention/{node.op_type}"
+    index = GraphIndex(model)
+    picture = drawing._Picture(index, set(range(7)), "transformer.layers.0.attention")
+    inside = [(box.lines[0], box.lines[1]) for key, box in picture.boxes.items() if key.startswith("node")]
+    assert inside == [
+        ("MatMul", "h"), ("Reshape", "flat"), ("Softmax", "Reshape"), ("MatMul", "Add"), ("Mul", "y")
+    ]  # fmt: skip
 
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:

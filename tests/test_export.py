@@ -168,6 +168,21 @@ def test_refuses_what_it_cannot_do(exported: Path, request_: dict[str, object], 
         export.export_model(checkpoints.open_checkpoint(exported), **request_)  # type: ignore[arg-type]
 
 
+def test_a_source_the_exporter_cannot_follow_is_one_sentence(tiny_random: Path) -> None:
+    """A fork that looks at a value while it runs: refused with the reason, and nothing is written."""
+    patches.patch_checkpoint(tiny_random)
+    checkpoint = checkpoints.open_checkpoint(tiny_random)
+    source = checkpoint.code.read_text()
+    line = "        hidden_states = inputs_embeds.transpose(0, 1)"
+    assert line in source
+    checkpoint.code.write_text(source.replace(line, "        print(input_ids.sum().item() > 3 and 1 or 2)\n" + line))
+    with pytest.raises(
+        WorkbookError, match=r"dynamo exporter cannot follow this source \(GuardOnDataDependent"
+    ) as caught:
+        export.export_model(checkpoint, "fp32")
+    assert "\n" not in str(caught.value) and not list(tiny_random.glob("*.onnx"))
+
+
 def test_refuses_an_unpatched_source_by_the_traps_name(tiny_random: Path) -> None:
     with pytest.raises(WorkbookError, match=r"rotary_flatten.*02_patch_rotary_flatten"):
         export.export_model(checkpoints.open_checkpoint(tiny_random))

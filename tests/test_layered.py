@@ -53,18 +53,34 @@ def test_spread_keeps_order_and_gaps_and_is_the_best(seed: int) -> None:
 
 
 def test_ranks_go_down_sources_wait_and_sinks_do_not() -> None:
-    boxes = {key: Box((key,), "plain") for key in ("a", "b", "c", "d", "late", "sink")}
-    edges = [("a", "b"), ("b", "c"), ("c", "d"), ("late", "d"), ("b", "sink")]
-    ranks = layered._ranks(boxes, edges)
-    assert ranks == {"a": 0, "b": 1, "c": 2, "d": 3, "late": 2, "sink": 2}
+    keys = ("a", "b", "c", "d", "end", "late", "sink", "beside")
+    edges = [("a", "b"), ("b", "c"), ("c", "d"), ("d", "end"), ("late", "d"), ("b", "sink"), ("late", "beside")]
+    ranks = layered._ranks({key: Box((key,), "plain") for key in keys}, edges)
+    assert ranks == {"a": 0, "b": 1, "c": 2, "d": 3, "end": 4, "late": 2, "sink": 2, "beside": 3}
+    # Who is read by sinks alone waits for the first of them.
+    few = {key: Box((key,), "plain") for key in "abcz"}
+    assert layered._ranks(few, [("a", "b"), ("b", "z"), ("c", "z")]) == {"a": 0, "b": 1, "c": 1, "z": 2}
 
 
 def test_order_leaves_no_crossing_where_none_is_needed() -> None:
-    rows = [["a", "b", "c"], ["z", "y", "x"]]
-    edges = [("a", "x"), ("b", "y"), ("c", "z")]
-    below = {"a": ["x"], "b": ["y"], "c": ["z"]}
+    rows = [["a", "b", "c", "d"], ["w", "x", "y", "z"]]
+    edges = [("a", "y"), ("b", "w"), ("c", "z"), ("d", "x")]
+    below = {start: [end] for start, end in edges}
     assert layered._crossings(rows, below) == 3
     assert layered._crossings(layered._order(rows, edges), below) == 0
+
+
+def test_text_stays_inside_its_box() -> None:
+    lines = ("a rather long first line in bold", "two", "three", "four")
+    svg = layered.draw({"a": Box(lines, "plain"), "b": Box(lines[::-1], "plain")}, [("a", "b")], COLOURS, "")
+    texts = [element for element in ElementTree.fromstring(svg).iter(SVG + "text") if element.get("text-anchor")]
+    assert [text.text for text in texts] == [*lines, *lines[::-1]]
+    for i, (left, top, right, bottom) in enumerate(rectangles(svg)):
+        for text in texts[4 * i : 4 * i + 4]:
+            # DejaVu Sans is about 0.66 of its size wide in bold, 0.58 in plain.
+            half = len(text.text or "") * (0.66 * 11.5 if text.get("font-weight") else 0.58 * 10) / 2
+            assert left <= float(text.get("x") or 0) - half and float(text.get("x") or 0) + half <= right
+            assert top + 8 <= float(text.get("y") or 0) <= bottom - 4
 
 
 @pytest.mark.parametrize("seed", range(4))
