@@ -94,8 +94,8 @@ def build_model(
         raise WorkbookError(f"{source} defines no {MODEL_CLASS}: it is not the remote code of ChatGLM-6B.")
     if "full_attention_mask" in inspect.signature(getattr(module, "ChatGLMModel", model_class).forward).parameters:
         raise WorkbookError(
-            f"{source} takes a full_attention_mask, and an attention_mask of the opposite meaning (VisualGLM and its "
-            "branches): take modeling_chatglm.py from the main branch of THUDM/chatglm-6b."
+            f"{source} takes a full_attention_mask, and an attention_mask of the opposite meaning (VisualGLM, ChatGLM2 "
+            "and some branches): take modeling_chatglm.py from the main branch of THUDM/chatglm-6b."
         )
     attention = getattr(module, "attention_fn", None)
     if dtype != torch.float16 and attention is not None and ".half()" in inspect.getsource(attention):
