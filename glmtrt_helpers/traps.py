@@ -86,22 +86,26 @@ def _flatten(squeeze: cst.Call) -> cst.Call:
 def _integer_layer_id(source: Source, edits: Edits, max_length: int) -> Sites:
     """`layer(..., layer_id=torch.tensor(i))` -> `layer(..., layer_id=i)` for the i of `for i, layer in enumerate(...)`.
 
-    Also as a bare argument, as in `checkpoint(layer, ..., torch.tensor(i), ...)`.
+    Also as a bare argument, as in `checkpoint(layer, ..., torch.tensor(i), ...)`, and for the i of `range(...)` where
+    self.layers[i] is called.
     """
     unpatched, patched = set(), set()
     for call in source.find(cst.Call):
         suspects = [a for a in call.args if _is_layer_number(a)]
         names = source.names(call) if suspects else set()
         indexes = {index for index, layer in _enumerations(source, call) if layer in names} if suspects else set()
+        indexes |= (
+            {index for index in _ranges(source, call) if _picks_layer(source, call, index)} if suspects else set()
+        )
         for arg in suspects:
             value = arg.value
             if isinstance(value, cst.Name) and value.value in indexes:
                 patched.add(source.site(arg))
-            elif callee(value) == "tensor" and text(cst.ensure_type(value, cst.Call).args[0].value) in indexes:
+            elif callee(value) == "tensor" and _first_argument(value) in indexes:
                 unpatched.add(source.site(arg))
                 edits.rewrites[value] = lambda tensor: tensor.args[0].value
             elif keyword(arg) == "layer_id" and "tensor" in text(value).lower():
-                why = "is made of something else than the index of a loop over enumerate(layers)"
+                why = "is made of something else than the index of a loop over the layers"
                 source.refuse(arg, f"{CONSTRUCTS['integer_layer_id']} {why}")
     return unpatched, patched
 
@@ -122,6 +126,23 @@ def _enumerations(source: Source, node: cst.CSTNode) -> list[tuple[str, str]]:
         (index.value, item.value)
         for index, item in (source.find(cst.Name, cst.ensure_type(loop, cst.For).target) for loop in loops)
     ]
+
+
+def _first_argument(call: cst.BaseExpression) -> str:
+    args = cst.ensure_type(call, cst.Call).args
+    return text(args[0].value) if args else ""
+
+
+def _ranges(source: Source, node: cst.CSTNode) -> list[str]:
+    """Names of the index of the loops `for index in range(...)` around a node."""
+    loops = [loop for loop in source.around(node) if m.matches(loop, m.For(m.Name(), m.Call(m.Name("range"))))]
+    return [text(cst.ensure_type(loop, cst.For).target) for loop in loops]
+
+
+def _picks_layer(source: Source, call: cst.Call, index: str) -> bool:
+    """Does a call name its layer by the index of a loop, as self.layers[i], or pass it as layer_id?"""
+    picked = any(index in source.names(part) for item in source.find(cst.Subscript, call) for part in item.slice)
+    return picked or any(keyword(arg) == "layer_id" for arg in call.args)
 
 
 def _unconditional_mask_fill(source: Source, edits: Edits, max_length: int) -> Sites:

@@ -314,6 +314,27 @@ def test_a_construct_that_is_not_there_is_refused_by_name_unless_harmless(name: 
             patches.patch_source(without, 512)
 
 
+LOOP = FORK[FORK.index("    for number, block") : FORK.index("    return h\n")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["self.blocks[number](h, layer_id={})", "checkpoint(self.blocks[number], h, {}, None)", "go(h, layer_id={})"],
+)
+def test_a_layer_number_that_a_range_counts_is_a_trap_too(call: str) -> None:
+    line = "    for number in range(len(self.blocks)):\n      h = " + call + "\n"
+    source = edited(FORK, (LOOP, line.format("torch.tensor(number)")))
+    assert states(source)["integer_layer_id"] == "unpatched"
+    mended = patches.patch_source(source, 512, only=["integer_layer_id"])
+    assert mended == edited(FORK, (LOOP, line.format("number")))
+    assert states(mended)["integer_layer_id"] == "patched"
+
+
+def test_a_range_that_counts_no_layers_and_a_tensor_of_nothing_stay() -> None:
+    alike = "def count(x):\n    for n in range(3):\n        keep(x, torch.tensor(n), torch.tensor())\n"
+    assert patches.patch_source(FORK + alike, 512) == patches.patch_source(FORK, 512) + alike
+
+
 def test_leaves_alone_what_only_looks_alike() -> None:
     """A squeeze outside an embedding, a tensor of another loop, a fill outside attention, a branch on a flag."""
     alike = (
