@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from glmtrt_helpers import compat, shards
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import replacing
 from glmtrt_helpers.shards import StoredTensor
 from glmtrt_helpers.tokenizer import Tokenizer
 
@@ -277,9 +278,8 @@ def working_copy(source: str | Path, runs: str | Path | None = None) -> Path:
 
 
 def _copy(file: Path, copy: Path) -> None:
-    temporary = copy.with_name(copy.name + ".tmp")
-    shutil.copyfile(file, temporary)
-    temporary.replace(copy)
+    with replacing(copy) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def _link(file: Path, copy: Path) -> None:

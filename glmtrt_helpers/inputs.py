@@ -15,6 +15,7 @@ import torch
 
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import replacing
 from glmtrt_helpers.tokenizer import Tokenizer
 
 RECORD_NAME = "inputs.json"
@@ -211,9 +212,8 @@ def save_record(checkpoint: Checkpoint, calls: Sequence[Call]) -> Path:
     if not calls:
         raise WorkbookError("no call of forward was recorded: run a chat inside `with record(model) as calls`.")
     path = checkpoint.directory / RECORD_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps([asdict(call) for call in calls], ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([asdict(call) for call in calls], ensure_ascii=False), encoding="utf-8")
     return path
 
 

@@ -12,6 +12,7 @@ import torch
 from glmtrt_helpers import checkpoints, pictures
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = "models/chatglm_tiny"
@@ -102,9 +103,8 @@ def execute(notebook: Path, output: Path, timeout: int = 1200) -> None:
     except CellExecutionError as error:
         raise WorkbookError(f"{notebook.name} failed: {error.ename}: {error.evalue}; see {output}.") from error
     finally:
-        temporary = output.with_name(output.name + ".tmp")
-        nbformat.write(content, temporary)
-        temporary.replace(output)
+        with replacing(output) as temporary:
+            nbformat.write(content, temporary)
 
 
 def run_all(model: str, output: Path) -> None:
