@@ -4,6 +4,8 @@ A checkpoint is a directory: `config.json`, the remote code, `ice_text.model` an
 configuration and shard headers only; `load_model` runs the remote code, which stays in that directory.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil
@@ -11,16 +13,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-
-from glmtrt_helpers import compat, shards
+from glmtrt_helpers import shards
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.shards import StoredTensor
 from glmtrt_helpers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a chat on ONNX Runtime or TensorRT opens checkpoints and needs no PyTorch
+    import torch
 
 CODE_NAME = "modeling_chatglm.py"
 BACKUP_NAME = CODE_NAME + ".orig"
@@ -75,7 +77,7 @@ class Checkpoint:
     def max_length(self) -> int:
         return int(self.config.get("max_sequence_length", 2048))
 
-    def first_layers(self, count: int) -> "Checkpoint":
+    def first_layers(self, count: int) -> Checkpoint:
         """The same checkpoint as a model of only its first layers: to compare at full width without full memory."""
         return replace(self, config={**self.config, "num_layers": min(count, self.num_layers)})
 
@@ -207,18 +209,23 @@ def announce(source: Path) -> None:
 
 def load_model(
     checkpoint: Checkpoint,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     code: Path | None = None,
     meta: bool = False,
 ) -> torch.nn.Module:
     """The checkpoint's own ChatGLMForConditionalGeneration, in eval mode on the CPU.
 
-    dtype: what the weights are cast to; in the stored dtype they stay mapped from the shards.
+    dtype: what the weights are cast to, fp32 by default; in the stored dtype they stay mapped from the shards.
     code: another source than the checkpoint's `modeling_chatglm.py`.
     meta: no weights are read, parameters are on the meta device.
     inv_freq is computed, as upstream does it: rounded to fp16, then cast to dtype.
     """
+    import torch
+
+    from glmtrt_helpers import compat
+
+    dtype = dtype or torch.float32
     source = code or checkpoint.code
     announce(source)
     model, _ = compat.build_model(checkpoint.directory, source, checkpoint.config, dtype)
@@ -235,6 +242,8 @@ def load_model(
 
 def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The named weights as dtype; one that is stored so is a view of the mapped file, not a copy."""
+    from safetensors import safe_open
+
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted({checkpoint.tensors[name].file for name in names}):
         mine = [name for name in names if checkpoint.tensors[name].file == file]

@@ -4,7 +4,9 @@ Each command prints a short table and exits with 0 only if its work is done and 
 standard error and exit code 1.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,13 +78,13 @@ def inputs(
     max_new: Annotated[int, typer.Option(help="at most so many answer tokens")] = 32,
 ) -> None:
     """Record what forward is called with during a chat; writes inputs.json."""
-    from glmtrt_helpers import checkpoints, runtime
+    from glmtrt_helpers import checkpoints, feeds, runtime
     from glmtrt_helpers import inputs as recorder
     from glmtrt_helpers.pictures import print_table
 
     checkpoint = checkpoints.open_checkpoint(directory)
     tokenizer = checkpoints.load_tokenizer(checkpoint)
-    ids = recorder.chat_prompt(tokenizer, prompt)
+    ids = feeds.chat_prompt(tokenizer, prompt)
     session = runtime.TorchSession(checkpoints.load_model(checkpoint))
     with recorder.record(session.model) as calls:
         answer = runtime.greedy(session, checkpoint, ids, max_length=len(ids) + max_new)
@@ -168,6 +170,94 @@ def verify(directory: Directory, dtype: Dtype = "fp16") -> None:
         print(f"glmtrt: {problem}", file=sys.stderr)
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    batch: Annotated[str, typer.Option(help="rows: smallest,typical,largest")] = "1,1,1",
+    prompt: Annotated[str, typer.Option(help="tokens of a prompt, likewise; up to the model's length")] = "",
+    past: Annotated[str, typer.Option(help="tokens in the cache, likewise; up to the model's length")] = "",
+    package: Annotated[str | None, typer.Option(help="tensorrt-rtx or tensorrt; chosen by default")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="build for this compute capability only (RTX)")] = None,
+    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="for cards that are too small")] = False,
+    hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="full tensorrt only")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="full tensorrt only")] = False,
+    tf32: Annotated[bool, typer.Option(help="let fp32 products round their inputs")] = True,
+) -> None:
+    """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
+    from glmtrt_helpers import checkpoints, engines, plans
+    from glmtrt_helpers.pictures import print_table
+    from glmtrt_helpers.profiles import Range, chat_profiles
+
+    checkpoint = checkpoints.open_checkpoint(directory)
+    texts = {"--batch": batch, "--prompt": prompt, "--past": past}
+    ranges = [Range.parse(text, what) if text else None for what, text in texts.items()]
+    options = engines.BuildOptions(tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32)
+    with _build_progress() as progress:
+        report = engines.build_engine(
+            checkpoint, dtype, chat_profiles(checkpoint, *ranges), options=options, package=package, progress=progress
+        )
+    print(report.package.reason, file=sys.stderr)
+    for index, profile in enumerate(report.info.profiles):
+        rows = [row for row in plans.tensor_rows(report.info.tensors, index) if row[1] == "input"]
+        columns = ["input", "dtype", "shape", "min", "opt", "max"]
+        print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], f"profile {profile.name}")
+    print_table(["written", "bytes", "seconds"], [(str(report.plan), report.info.plan_bytes, report.info.seconds)])
+
+
+@contextlib.contextmanager
+def _build_progress() -> Iterator[Any]:
+    """One bar for each phase that TensorRT reports, while it lasts."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, visible=done < total)
+
+        yield progress
+
+
+@app.command()
+def chat(
+    directory: Directory,
+    backend: Annotated[str | None, typer.Option(help="torch, ort or tensorrt; the fastest here by default")] = None,
+    prompt: Annotated[str | None, typer.Option(help="ask this, print the answer alone, and end")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="always the best token")] = False,
+    temperature: Annotated[float, typer.Option(help="scores are divided by it")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="so many best tokens stay; 0 keeps all")] = 50,
+    top_p: Annotated[float, typer.Option(help="the fewest tokens of this probability stay")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="for the same draws again")] = None,
+    max_length: Annotated[int | None, typer.Option(help="prompt and answer together")] = None,
+    drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, let the oldest rounds go")] = False,
+    dtype: Dtype = "fp16",
+) -> None:
+    """Chat with the model. Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
+    from glmtrt_helpers import checkpoints, runtime, terminal
+    from glmtrt_helpers.chat import Chat
+    from glmtrt_helpers.sampling import Sampling
+
+    terminal.use_utf8()
+    checkpoint = checkpoints.open_checkpoint(directory)
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    if backend is None:
+        backend, why = runtime.best_backend(checkpoint, dtype)
+        print(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""), file=sys.stderr)
+    session = runtime.open_session(checkpoint, backend, dtype)
+    try:
+        talk = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
+        if prompt is not None:
+            terminal.answer(talk, prompt)
+        else:
+            terminal.converse(talk)
+    finally:
+        session.close()
 
 
 @app.command()

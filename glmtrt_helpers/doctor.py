@@ -1,79 +1,13 @@
 """`glmtrt doctor`: what this machine has, and which parts of the workbook run on it."""
 
-import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-# Compute capabilities that NVIDIA lists for TensorRT-RTX, and the first release that refuses Hopper at load time.
-RTX_CAPABILITIES = {(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)}
-RTX_REFUSES_HOPPER = (1, 7)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU as the driver describes it; memory in bytes."""
-
-    name: str
-    capability: tuple[int, int]
-    memory: int
-
-
-def gpus() -> list[Gpu]:
-    """The GPUs that the driver shows; none without a driver. PyTorch is not asked: its build may lack CUDA."""
-    try:
-        from cuda.bindings import driver
-
-        if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS:
-            return []
-        found = []
-        attribute = driver.CUdevice_attribute
-        for index in range(driver.cuDeviceGetCount()[1]):
-            device = driver.cuDeviceGet(index)[1]
-            major, minor = (
-                driver.cuDeviceGetAttribute(which, device)[1]
-                for which in (
-                    attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                    attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-                )
-            )
-            name = driver.cuDeviceGetName(256, device)[1].split(b"\0")[0].decode()
-            found.append(Gpu(name, (major, minor), int(driver.cuDeviceTotalMem(device)[1])))
-        return found
-    except (ImportError, RuntimeError, OSError):
-        return []
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    try:  # unpacked by hand on a machine that can install nothing, a package has no metadata
-        return str(importlib.import_module(package.replace("-", "_")).__version__)
-    except (ImportError, AttributeError):
-        return None
-
-
-def tensorrt_verdict(package: str, release: str, gpu: Gpu | None) -> str:
-    """Whether a TensorRT package runs on a GPU, in a few words, as far as NVIDIA says and as was seen."""
-    if package == "tensorrt":
-        return "runs on this GPU's capability" if gpu and gpu.capability >= (7, 5) else "needs a GPU, also to build"
-    if gpu is None:
-        return "parses and builds engines; running one needs a GPU"
-    if gpu.capability in RTX_CAPABILITIES:
-        return "builds and runs on this GPU"
-    if gpu.capability == (9, 0):
-        if tuple(int(part) for part in release.split(".")[:2]) < RTX_REFUSES_HOPPER:
-            return "builds and runs here, though NVIDIA does not list Hopper"
-        return "refuses Hopper: install 1.6.1.120 or the full tensorrt"
-    return "builds; NVIDIA does not list this GPU"
+from glmtrt_helpers.packages import gpus, verdict, version
 
 
 def report(directory: Path | None = None) -> list[tuple[str, str, str]]:
@@ -96,7 +30,7 @@ def report(directory: Path | None = None) -> list[tuple[str, str, str]]:
     for package in ("tensorrt-rtx", "tensorrt"):
         release = version(package)
         if release:
-            rows.append((package, release, tensorrt_verdict(package, release, cards[0] if cards else None)))
+            rows.append((package, release, verdict(package, release, cards[0] if cards else None)[1]))
         elif package == "tensorrt-rtx":
             rows.append((package, "not installed", "notebooks 02 to 04 want its parser: make test or pip install -e ."))
     rows += [(package, version(package) or "not installed", "") for package in ("torch", "transformers", "onnx")]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from glmtrt_helpers import feeds
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
-from glmtrt_helpers.tokenizer import Tokenizer
 
 RECORD_NAME = "inputs.json"
 
@@ -56,49 +56,18 @@ def empty_past(checkpoint: Checkpoint, batch: int, dtype: torch.dtype) -> dict[s
 def prompt_inputs(
     checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """Prefill inputs for prompts of ids that end in [gMASK], <sop>; shorter ones are padded on the left.
-
-    input_ids (batch, S) int64, position_ids (batch, 2, S) int64, attention_mask (batch, 1, S, S) bool with True =
-    hidden, and an empty past. Padding: id 3, positions 0, hidden from every row that is not padding itself.
-    """
-    gmask, sop, pad = (int(checkpoint.config[key]) for key in ("gmask_token_id", "bos_token_id", "pad_token_id"))
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), length), pad, dtype=torch.int64)
-    positions = torch.zeros((len(prompts), 2, length), dtype=torch.int64)
-    mask = torch.ones((len(prompts), 1, length, length), dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        if sop not in prompt or gmask not in prompt:
-            raise WorkbookError(
-                f"prompt {row} has no [gMASK] ({gmask}) and <sop> ({sop}): make it with Tokenizer.encode."
-            )
-        start = length - len(prompt)
-        context = list(prompt).index(sop)  # tokens before <sop> see each other
-        ids[row, start:] = torch.tensor(prompt)
-        index = torch.arange(len(prompt))
-        positions[row, 0, start:] = torch.where(index < context, index, list(prompt).index(gmask))
-        positions[row, 1, start:] = (index - context + 1).clamp(min=0)
-        visible = (index[None, :] <= index[:, None]) | (index[None, :] < context)
-        mask[row, 0, start:, start:] = ~visible
-    flat = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    """`feeds.prefill` as tensors, with an empty past in dtype."""
+    arrays = feeds.prefill(checkpoint, prompts)
+    flat = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return flat | empty_past(checkpoint, len(prompts), dtype)
 
 
 def next_inputs(
     previous: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], tokens: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Decode inputs for one more token per row, from the call before: tokens (batch,) int64, present becomes past.
-
-    The position stays that of [gMASK], the block position counts on, and the new row sees what the last saw
-    and itself.
-    """
-    positions = previous["position_ids"][:, :, -1:].clone()
-    positions[:, 1] += 1
-    last_row = previous["attention_mask"][:, :, -1:, :]
-    flat = {
-        "input_ids": tokens[:, None],
-        "position_ids": positions,
-        "attention_mask": torch.cat([last_row, torch.zeros_like(last_row[..., :1])], dim=-1),
-    }
+    """`feeds.decode` as tensors: one more token per row, tokens (batch,) int64, and present becomes past."""
+    before = {name: previous[name].numpy() for name in ("position_ids", "attention_mask")}
+    flat = {name: torch.from_numpy(array) for name, array in feeds.decode(before, tokens.numpy()).items()}
     past = {name.replace("present", "past_key_values"): t for name, t in outputs.items() if name != "logits"}
     return flat | past
 
@@ -225,11 +194,3 @@ def load_record(checkpoint: Checkpoint) -> list[Call]:
             f"{path} is missing: run notebook 01_debug_forward_inputs or `glmtrt inputs {path.parent}`."
         )
     return [Call(**call) for call in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def chat_prompt(tokenizer: Tokenizer, query: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """Ids of a chat prompt: the raw query, or the numbered rounds where there is a history."""
-    if not history:
-        return tokenizer.encode(query)
-    rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
-    return tokenizer.encode(f"{rounds}[Round {len(history)}]\n问：{query}\n答：")

@@ -1,7 +1,11 @@
 """Tables and pictures that the notebooks and the command line share. Chinese shows in all of them."""
 
+import importlib
 import importlib.util
+import io
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,17 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
 from glmtrt_helpers.inputs import Call
+from glmtrt_helpers.profiles import Memory, Profile, describe
 
 # One colour for one meaning, in every picture of the workbook; readable without colour vision, too.
 SEEN, HIDDEN, PADDING = "#dbe9f6", "#2f4b6e", "#e9e4da"
 PREFILL, DECODE, ALARM = "#3b75af", "#e08214", "#c0392b"
+MEMORY_COLOURS = ("#2f4b6e", "#3b75af", "#9ebcda", "#e08214")
 
 
 def use_workbook_style() -> None:
@@ -41,6 +48,27 @@ def use_workbook_style() -> None:
             "svg.hashsalt": "glmtrt",
         }
     )
+    _small_pictures()
+
+
+def _small_pictures() -> None:
+    """In a notebook, figures become pictures of 64 colours: a quarter of the bytes, and nothing to see of it."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is not None:
+        plt.get_fignums()  # loads the notebook's backend, which sets a formatter of its own
+        importlib.import_module("matplotlib_inline.backend_inline")
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _png)
+
+
+def _png(figure: Figure) -> bytes:
+    from PIL import Image
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", bbox_inches="tight")
+    Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Any = None) -> None:
@@ -130,11 +158,120 @@ def draw_calls(calls: Sequence[Call]) -> Figure:
     return figure
 
 
+def draw_profiles(profiles: Sequence[Profile], calls: Sequence[Call] = (), title: str = "") -> Figure:
+    """The profiles as boxes over (past, sequence), with the shapes that a chat asked for; those outside are marked."""
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for profile, colour in zip(profiles, (PREFILL, DECODE, "#777777"), strict=False):
+        past, sequence = profile.past, profile.sequence
+        # Half a token around it, so that a box that is one token thin can be seen on a logarithmic axis.
+        x, y = _edges(past.min, past.max), _edges(sequence.min, sequence.max)
+        axis.add_patch(
+            Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], facecolor=colour, alpha=0.25, edgecolor=colour,
+                      label=describe(profile))
+        )  # fmt: skip
+        axis.plot([past.opt], [sequence.opt], marker="*", markersize=11, color=colour, linestyle="")
+    asked = sorted({(call.past, call.sequence, call.shapes["input_ids"][0]) for call in calls})
+    inside = [any(profile.covers(b, s, p) for profile in profiles) for p, s, b in asked]
+    for fits, colour, label in ((True, "#333333", "asked for"), (False, ALARM, "asked for, outside every profile")):
+        points = [(p, s) for (p, s, _), is_in in zip(asked, inside, strict=True) if is_in is fits]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="." if fits else "x", color=colour, linestyle="", label=label)
+    axis.set_xscale("symlog", base=2, linthresh=1)
+    axis.set_yscale("log", base=2)
+    top = max([p.past.max for p in profiles] + [p for p, _, _ in asked] + [2])
+    axis.set_xlim(-0.6, 2 * top)
+    axis.set_ylim(0.6, 2 * max([p.sequence.max for p in profiles] + [s for _, s, _ in asked]))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axis.set_xlabel("past (tokens in the cache)")
+    axis.set_ylabel("sequence (new tokens)")
+    axis.set_title(title or "What the engine is built for (stars: tuned for) and what the chat asked", loc="left")
+    axis.legend(frameon=False, fontsize=8, loc="upper right")
+    plt.close(figure)
+    return figure
+
+
+def _edges(low: int, high: int) -> tuple[float, float]:
+    return (-0.4, 0.4) if high == 0 else (low * 0.85, high * 1.15)
+
+
+def draw_phases(phases: Mapping[str, tuple[float, int]]) -> Figure:
+    """Seconds that a build spent in each phase; phases contain each other, so they do not add up."""
+    longest = sorted(phases.items(), key=lambda item: item[1][0])[-8:]
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.3 * len(longest)), layout="constrained")
+    axis.barh(
+        [f"{phase} ({steps:,} steps)" for phase, (_, steps) in longest], [s for _, (s, _) in longest], color=PREFILL
+    )
+    axis.set_xlabel("seconds, phases inside phases")
+    plt.close(figure)
+    return figure
+
+
+def draw_memory(memory: Memory) -> Figure:
+    """One engine's predicted GPU memory, part by part, beside the sizes of cards."""
+    figure, axis = plt.subplots(figsize=(9, 1.7), layout="constrained")
+    left = 0.0
+    for (part, nbytes), colour in zip(asdict(memory).items(), MEMORY_COLOURS, strict=True):
+        axis.barh([0], [nbytes / 1e9], left=[left], color=colour, label=f"{part} {nbytes / 1e9:.2f}", height=0.5)
+        left += nbytes / 1e9
+    for size in (16, 24, 32, 48):
+        axis.axvline(size, color="#555555", linestyle=":")
+        axis.annotate(f"{size} GB card", (size, 0.42), fontsize=8, ha="right", rotation=0)
+    axis.set_ylim(-0.4, 0.6)
+    axis.set_xlim(0, max(50.0, 1.05 * left))
+    axis.set_yticks([])
+    axis.set_xlabel(f"GB on the GPU, {left:.2f} in all")
+    axis.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    plt.close(figure)
+    return figure
+
+
+def draw_measured_memory(path: Path) -> Figure:
+    """Predicted (bars) and measured (dots) memory of the engines in a file of measurements."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True, layout="constrained")
+    labels = [f"{row['batch']} x {row['prompt']}, past {row['past']}" for row in kept["rows"]]
+    for axis, part, colour in zip(axes, ("cache", "io", "activations"), MEMORY_COLOURS[1:], strict=True):
+        axis.barh(labels, [row["predicted"][part] / 1e6 for row in kept["rows"]], color=colour, alpha=0.6)
+        axis.plot([row["measured"][part] / 1e6 for row in kept["rows"]], labels, "o", color="#222222")
+        axis.set_xlabel(f"{part}, MB")
+    figure.suptitle(f"Largest batch x prompt, past: {kept['about']}", fontsize=10)
+    plt.close(figure)
+    return figure
+
+
+def draw_choice(pieces: Sequence[str], plain: Sequence[float], kept: Sequence[float], title: str) -> Figure:
+    """Probabilities of the best tokens before (pale) and after temperature, top_k and top_p."""
+    figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    x = np.arange(len(pieces))
+    axis.bar(x - 0.2, plain, width=0.4, color="#d9d9d9", label="softmax of the scores")
+    axis.bar(x + 0.2, kept, width=0.4, color=PREFILL, label="what is drawn from")
+    axis.set_xticks(x, [_label(piece) for piece in pieces])
+    axis.set_ylabel("probability")
+    axis.set_title(title, loc="left")
+    axis.legend(frameon=False)
+    plt.close(figure)
+    return figure
+
+
+def draw_rounds(prompts: Sequence[int], answers: Sequence[int], limit: int) -> Figure:
+    """Tokens of prompt and answer, round by round, below the limit of the context."""
+    figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    axis.bar(range(len(prompts)), prompts, color=PREFILL, label="prompt, all rounds before told again")
+    axis.bar(range(len(prompts)), answers, bottom=prompts, color=DECODE, label="answer")
+    axis.axhline(limit, color=ALARM, linestyle="--", label=f"limit, {limit}")
+    axis.set_xlabel("round")
+    axis.set_ylabel("tokens")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.close(figure)
+    return figure
+
+
 def turn(draw: Callable[..., Any], **choices: Any) -> Any:
     """A widget that calls `draw` with what the reader chooses; the notebook shows a static picture before it."""
     import ipywidgets
 
-    return ipywidgets.interactive(draw, **choices)
+    return ipywidgets.interactive(draw, {"auto_display": True}, **choices)
 
 
 def bare_axes(width: float, height: float) -> tuple[Figure, Axes]:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from glmtrt_helpers import checkpoints, inputs, runtime
@@ -21,7 +23,7 @@ from glmtrt_helpers.checkpoints import Checkpoint
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # Allowed error as a part of the largest value of a tensor; in fp16 also so many times PyTorch's own error.
-FLOORS = {"fp16": 2e-3, "fp32": 1e-4}
+FLOORS = {"fp16": 2e-3, "fp32": 1e-4, "tf32": 1e-3}
 MARGIN = 1.5
 # One tensor of one layer is a small sample of the noise: of right graphs it was seen to reach 2.3 times PyTorch's own
 # error, while faults begin at ten times.
@@ -72,7 +74,7 @@ def fit(case: Case, max_length: int) -> tuple[Case | None, str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A place between two modules: what goes into ("in") or comes out of ("out") the module at `module`.
+    """A place in the model: what goes into ("in") or comes out of ("out") the module at `module`, or its "softmax".
 
     tensor: its name in the graph. layer: None outside of the layers.
     """
@@ -109,13 +111,18 @@ def references(
     ready = []
     for case in cases:
         flat = case_inputs(checkpoint, case, session, DTYPES[dtype])
-        ready.append(Reference(case, flat, session.run(_cast(flat, torch.float32)), {}))
+        ready.append(Reference(case, flat, run_tensors(session, _cast(flat, torch.float32)), {}))
     if dtype == "fp32":
         return ready
     del session
     gc.collect()  # modules hold each other in cycles; 27 GB should not wait for the collector's leisure
     session = _source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
-    return [replace(one, own_errors=_own_errors(one, session.run(one.flat))) for one in ready]
+    return [replace(one, own_errors=_own_errors(one, run_tensors(session, one.flat))) for one in ready]
+
+
+def run_tensors(session: runtime.Session, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One call of forward with its outputs as tensors, which share the session's memory."""
+    return {name: torch.as_tensor(array) for name, array in session.run(flat).items()}
 
 
 def _own_errors(one: Reference, got: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -129,14 +136,33 @@ class _TracedSession(runtime.TorchSession):
         super().__init__(model)
         self.points = points
 
-    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         seen: dict[str, torch.Tensor] = {}
-        handles = [_watch(self.model.get_submodule(point.module), point, seen) for point in self.points]
+        between = [point for point in self.points if point.side != "softmax"]
+        handles = [_watch(self.model.get_submodule(point.module), point, seen) for point in between]
         try:
-            return super().run(flat) | seen
+            with _SoftmaxWatch() as watch:
+                outputs = super().run(flat)
+            inside = [point for point in self.points if point.side == "softmax"]
+            seen |= {point.tensor: tensor for point, tensor in zip(inside, watch.seen, strict=bool(inside))}
+            return outputs | {name: tensor.numpy() for name, tensor in seen.items()}
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _SoftmaxWatch(TorchFunctionMode):
+    """Keeps what every softmax gives, in order; it is a function inside the attention, no module to hang a hook on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax":
+            self.seen.append(output)
+        return output
 
 
 def _watch(module: torch.nn.Module, point: Point, seen: dict[str, torch.Tensor]) -> RemovableHandle:
@@ -187,7 +213,7 @@ def case_inputs(
     prefix["position_ids"] = torch.stack([row0, torch.zeros_like(row0)], dim=1) + shift[:, None]
     padded = (index < left)[:, None]
     prefix["attention_mask"] = padded[:, :, None, :] | padded[:, :, :, None]
-    presents = reference.run(prefix)
+    presents = run_tensors(reference, prefix)
     past = {
         name.replace("present", "past_key_values"): t for name, t in presents.items() if name.startswith("present.")
     }
@@ -203,6 +229,8 @@ def largest_error(
     see nothing at all is each backend's own choice. It must be finite all the same, for a NaN that is looked at with
     weight 0 is still a NaN: anything that is not finite makes the error NaN.
     """
+    if wanted.ndim == 4 and not name.startswith("present."):  # a softmax, (batch, heads, sequence, total)
+        wanted, got = wanted.permute(2, 0, 1, 3), got.permute(2, 0, 1, 3)
     # The last token sees everything but padding.
     padded = flat["attention_mask"][:, 0, -1, :].expand(wanted.shape[0 if name == "logits" else 1], -1)
     # Logits are (batch, sequence, vocabulary), all else is (sequence or past + sequence, batch, ...).
@@ -214,7 +242,10 @@ def largest_error(
 
 
 def tolerance(dtype: str, scale: float, own_error: float | None, margin: float = MARGIN) -> float:
-    """The error allowed for a tensor whose largest value is `scale`; own_error: PyTorch fp16's, None in fp32."""
-    floor = FLOORS[dtype] * scale
+    """The error allowed for a tensor whose largest value is `scale`; own_error: PyTorch fp16's, None in fp32.
+
+    dtype "tf32" is fp32 whose products round their inputs to ten bits, as TensorRT does unless it is told not to.
+    """
+    floor = FLOORS[dtype] * scale * (margin / MARGIN if dtype == "tf32" else 1)
     # Where PyTorch fp16 itself overflows it is no measure.
     return max(floor, margin * own_error) if own_error is not None and own_error < float("inf") else floor

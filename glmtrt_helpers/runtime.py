@@ -1,50 +1,120 @@
-"""Sessions: one interface over the backends that run `forward`, and greedy decoding on top of it.
+"""Notebook 06: sessions, one interface over three backends that run `forward`, and decoding on top of it.
 
-A session maps flat named inputs to flat named outputs (`inputs.input_names`, `inputs.output_names`), torch tensors on
-the CPU both ways, so that the same chat runs on PyTorch and on ONNX Runtime and their tokens can be compared.
+`run` is one call of forward: flat named inputs (`inputs.input_names`) in, flat named outputs out, everything as NumPy
+arrays on the host; comparisons use it. `step` is what a chat uses: the session keeps the cache, each call adds to it,
+and only the scores of the next token come back. `tensorrt` is in `tensorrt_session`; it and `ort` need no PyTorch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-import onnxruntime
-import torch
+import numpy as np
 
-from glmtrt_helpers import inputs
+from glmtrt_helpers import feeds
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 
+if TYPE_CHECKING:
+    import torch
 
-class Session(Protocol):
-    """What decoding needs of a backend. dtype: that of the past, the presents and the logits."""
-
-    dtype: torch.dtype
-
-    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One call of forward."""
+BACKENDS = ("torch", "ort", "tensorrt")
+UNBOUNDED = 2**31
 
 
-class TorchSession:
-    """The PyTorch model itself."""
+@dataclass(frozen=True)
+class Limits:
+    """The largest shapes that a session takes: rows, tokens of a prompt, prompt and answer together."""
+
+    batch: int = UNBOUNDED
+    prompt: int = UNBOUNDED
+    total: int = UNBOUNDED
+
+
+class Session(ABC):
+    """A backend that runs forward. dtype: that of the past, the presents and the logits.
+
+    arithmetic: "tf32" where products of fp32 numbers are rounded, None where dtype says all.
+    """
+
+    backend: str
+    dtype: np.dtype
+    arithmetic: str | None = None
+    limits = Limits()
+    _cache: dict[str, np.ndarray] | None = None
+
+    @abstractmethod
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """One call of forward, past and presents included. flat: anything that NumPy reads as arrays."""
+
+    @abstractmethod
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        """The cache before the first token: 2 * num_layers arrays (0, batch, heads, d)."""
+
+    def reset(self) -> None:
+        """Forget the cache: the next `step` is a prefill."""
+        self._cache = None
+
+    def step(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Scores of the next token, (batch, vocabulary) float32; the presents become the past of the next step.
+
+        call: input_ids, position_ids and attention_mask of one prefill or decode (`feeds`).
+        """
+        past = self.empty_past(len(call["input_ids"])) if self._cache is None else self._cache
+        outputs = self.run({**call, **past})
+        logits = outputs.pop("logits")
+        self._cache = {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
+        return logits[:, -1].astype(np.float32)
+
+    def close(self) -> None:
+        """Give back what the session holds; it cannot be used afterwards."""
+        self.reset()
+
+
+class TorchSession(Session):
+    """The PyTorch model itself, on the CPU."""
+
+    backend = "torch"
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
-        self.dtype = next(model.parameters()).dtype
+        parameter = next(model.parameters())
+        self.dtype = np.dtype(str(parameter.dtype).removeprefix("torch."))
 
-    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        config: Any = self.model.config
+        shape = (0, batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads)
+        names = [f"past_key_values.{i}.{part}" for i in range(config.num_layers) for part in ("key", "value")]
+        return {name: np.zeros(shape, self.dtype) for name in names}
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        import torch
+
+        from glmtrt_helpers import inputs
+
+        tensors = {name: torch.as_tensor(value) for name, value in flat.items()}
         with torch.inference_mode():
-            return inputs.flat_outputs(self.model(**inputs.forward_kwargs(flat)))
+            outputs = inputs.flat_outputs(self.model(**inputs.forward_kwargs(tensors)))
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
 
 
-class OrtSession:
+class OrtSession(Session):
     """A bare ONNX Runtime session on the CPU.
 
     optimize: ONNX Runtime's default optimisations copy fp16 weights into fp32; without them the weights stay mapped.
     extra_outputs: further outputs that the model at `path` declares, beside those of `inputs.output_names`.
     """
 
+    backend = "ort"
+
     def __init__(self, path: str | Path, *, optimize: bool = True, extra_outputs: Sequence[str] = ()):
+        import onnxruntime
+
         path = Path(path)
         if not path.exists():
             raise WorkbookError(f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}`.")
@@ -57,18 +127,116 @@ class OrtSession:
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise WorkbookError(f"ONNX Runtime does not load {path}: {first}; export it again.") from error
-        self.input_names = [tensor.name for tensor in self.session.get_inputs()]
+        self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
         self.output_names = [tensor.name for tensor in self.session.get_outputs()]
         unknown = sorted(set(extra_outputs) - set(self.output_names))
         if unknown:
             raise WorkbookError(f"{path} has no output {unknown[0]!r}: add it to the graph before opening a session.")
-        kind = self.session.get_outputs()[0].type
-        self.dtype = torch.float16 if kind == "tensor(float16)" else torch.float32
+        half = self.session.get_outputs()[0].type == "tensor(float16)"
+        self.dtype = np.dtype(np.float16 if half else np.float32)
 
-    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        feeds = {name: flat[name].contiguous().numpy() for name in self.input_names}
-        arrays = self.session.run(self.output_names, feeds)
-        return {name: torch.from_numpy(array) for name, array in zip(self.output_names, arrays, strict=True)}
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        past = {name: tensor.shape for name, tensor in self.inputs.items() if name.startswith("past_key_values.")}
+        return {name: np.zeros((0, batch, *shape[2:]), self.dtype) for name, shape in past.items()}
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        feeds = {name: np.ascontiguousarray(flat[name]) for name in self.inputs}
+        outputs = self.session.run(self.output_names, feeds)
+        return dict(zip(self.output_names, outputs, strict=True))
+
+
+def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> Session:
+    """The session of a backend by name, over the files that the notebooks before left in the working copy.
+
+    torch runs the source in fp32 where dtype is fp32, ort the exported graph, tensorrt the engine of dtype.
+    """
+    if backend == "torch":
+        from glmtrt_helpers import checkpoints
+        from glmtrt_helpers.export import DTYPES
+
+        return TorchSession(checkpoints.load_model(checkpoint, DTYPES[dtype]))
+    if backend == "ort":
+        return OrtSession(checkpoint.directory / f"model.{dtype}.onnx")
+    if backend == "tensorrt":
+        from glmtrt_helpers.tensorrt_session import TensorRTSession
+
+        return TensorRTSession.open(checkpoint, dtype)
+    raise WorkbookError(f"{backend!r} is no backend of this workbook: choose {', '.join(BACKENDS)}.")
+
+
+def unavailable(checkpoint: Checkpoint, dtype: str = "fp16") -> dict[str, str]:
+    """For every backend that cannot be opened here, why; without opening any."""
+    reasons = {}
+    try:
+        from glmtrt_helpers.tensorrt_session import TensorRTSession
+
+        TensorRTSession.check(checkpoint, dtype)
+    except WorkbookError as error:
+        reasons["tensorrt"] = str(error)
+    except ImportError as error:
+        reasons["tensorrt"] = f"cuda-python does not load ({error}): see `glmtrt doctor`."
+    if not (checkpoint.directory / f"model.{dtype}.onnx").exists():
+        reasons["ort"] = f"model.{dtype}.onnx is missing: run notebook 03_export_onnx."
+    if importlib.util.find_spec("torch") is None:
+        reasons["torch"] = "PyTorch is not installed."
+    return reasons
+
+
+def best_backend(checkpoint: Checkpoint, dtype: str = "fp16") -> tuple[str, str]:
+    """The fastest backend that can be opened here, and why no faster one."""
+    missing = unavailable(checkpoint, dtype)
+    for backend in reversed(BACKENDS):
+        if backend not in missing:
+            return backend, missing.get("tensorrt", "")
+    raise WorkbookError("no backend can be opened: " + " ".join(missing.values()))
+
+
+def take_best(scores: np.ndarray) -> np.ndarray:
+    """Greedy choice: (batch, vocabulary) scores to (batch,) ids."""
+    return scores.argmax(axis=-1)
+
+
+def generate(
+    session: Session,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    *,
+    choose: Callable[[np.ndarray], np.ndarray] = take_best,
+    max_length: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Decode prompts of ids as one left-padded batch; yields the new id of every row, step by step.
+
+    A row that has come to <eop> yields None from then on; the end of all rows, or max_length, ends the iteration.
+    max_length: prompt and answer together, padding included; at most what model and session can take.
+    choose: picks ids (batch,) from scores (batch, vocabulary). To stop midway, stop iterating.
+    """
+    limit = min(max_length or checkpoint.max_length, checkpoint.max_length, session.limits.total)
+    check_prompts(session, prompts, limit)
+    eop, pad = int(checkpoint.config["eos_token_id"]), int(checkpoint.config["pad_token_id"])
+    call = feeds.prefill(checkpoint, prompts)
+    open_rows = np.ones(len(prompts), dtype=np.bool_)
+    session.reset()
+    for _ in range(max(len(prompt) for prompt in prompts), limit):
+        tokens = np.where(open_rows, choose(session.step(call)), pad)
+        open_rows &= tokens != eop
+        if not open_rows.any():
+            return
+        yield [int(token) if is_open else None for token, is_open in zip(tokens, open_rows, strict=True)]
+        call = feeds.decode(call, tokens)
+
+
+def check_prompts(session: Session, prompts: Sequence[Sequence[int]], limit: int) -> None:
+    """Refuse what does not fit, before anything runs."""
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if not longest:
+        raise WorkbookError("there is no prompt to decode: give at least one.")
+    if longest >= limit:
+        raise WorkbookError(f"the prompt has {longest} tokens, the limit is {limit}: shorten it or drop old rounds.")
+    if longest > session.limits.prompt or len(prompts) > session.limits.batch:
+        raise WorkbookError(
+            f"{len(prompts)} prompts of up to {longest} tokens lie outside the engine's profiles (at most "
+            f"{session.limits.batch} of {session.limits.prompt}): shorten them, or build the engine with larger maxima."
+        )
 
 
 def greedy(
@@ -84,20 +252,10 @@ def greedy(
     max_length: prompt and answer together, `checkpoint.max_length` by default.
     on_token is called with each id as it comes.
     """
-    limit = min(max_length or checkpoint.max_length, checkpoint.max_length)
-    if len(prompt) >= limit:
-        raise WorkbookError(
-            f"the prompt has {len(prompt)} tokens, the limit is {limit}: shorten it or drop old rounds."
-        )
-    flat = inputs.prompt_inputs(checkpoint, [prompt], session.dtype)
     answer: list[int] = []
-    while len(prompt) + len(answer) < limit:
-        outputs = session.run(flat)
-        token = outputs["logits"][:, -1].float().argmax(dim=-1)
-        if int(token) == int(checkpoint.config["eos_token_id"]):
-            break
-        answer.append(int(token))
+    for (token,) in generate(session, checkpoint, [prompt], max_length=max_length):
+        assert token is not None  # the only row is open, or generate had ended
+        answer.append(token)
         if on_token:
-            on_token(answer[-1])
-        flat = inputs.next_inputs(flat, outputs, token)
+            on_token(token)
     return answer

@@ -1,23 +1,26 @@
 """Where the bytes of each weight lie: shard indexes and headers, read without reading a weight."""
 
+from __future__ import annotations
+
 import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
+
+if TYPE_CHECKING:
+    import torch
 
 # An index, the single file that may stand in its place, in the order they are looked for.
 _LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-_BIN_DTYPES = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+_BIN_DTYPES = {"torch.float16": "F16", "torch.float32": "F32", "torch.bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
 
 def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """A `.bin` shard, read weights-only (no pickled code runs) and mapped, not held."""
+    import torch
+
     try:
         if shapes_only:
             return torch.load(file, map_location="meta", weights_only=True)
@@ -126,10 +131,10 @@ def _bin_header(file: Path) -> dict[str, StoredTensor]:
     tensors = load_bin(file, shapes_only=True)
     return {
         name: StoredTensor(
-            file, _BIN_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), None, tensor.nbytes
+            file, _BIN_DTYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape), None, tensor.nbytes
         )
         for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor)
+        if hasattr(tensor, "nbytes")
     }
 
 
@@ -182,6 +187,8 @@ def _stream_shard(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    import torch
+
     with replacing(target) as temporary, temporary.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in names:

@@ -16,6 +16,7 @@ SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"
 MAX_BLANK = 80
 PAD_ID = 3
 NEWLINE_ID = 4
+BLANK_ID = 5  # "▁", what upstream falls back to where its scores are not finite
 # Before the vocabulary was slimmed, so many image tokens came first.
 IMAGE_TOKENS = 20000
 
@@ -92,6 +93,7 @@ class Tokenizer:
             )
         self._ids = {name: index + self._first for name, index in self._ids.items()}
         self.pad_id = self._first + PAD_ID
+        self.blank_id = self._first + BLANK_ID
         self.mask_id = self._ids["[MASK]"]
         self.gmask_id = self._ids["[gMASK]"]
         self.sop_id = self._ids["<sop>"]

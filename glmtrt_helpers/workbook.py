@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from glmtrt_helpers import checkpoints, pictures
+from glmtrt_helpers import checkpoints, engines, export, patches, pictures
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
@@ -43,6 +43,16 @@ def scratch_copy(label: str) -> Path:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(DEFAULT_MODEL, copy)
     return copy
+
+
+def scratch_engine(label: str) -> Checkpoint:
+    """The shipped checkpoint, patched, exported and built in a fresh copy, for lessons that break one of these."""
+    directory = scratch_copy(label)
+    patches.patch_checkpoint(directory)
+    checkpoint = checkpoints.open_checkpoint(directory)
+    export.export_model(checkpoint, "fp16")
+    engines.build_engine(checkpoint, "fp16")
+    return checkpoint
 
 
 def scratch_file(name: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from glmtrt_helpers import checkpoints
+from glmtrt_helpers import checkpoints, packages
 from glmtrt_helpers.standin import build
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +63,12 @@ def tiny_random(_random_master: Path, tmp_path: Path) -> Path:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working copy of the shipped, trained checkpoint, shared by tests that only read it. Unpatched."""
     return checkpoints.working_copy(TINY, tmp_path_factory.mktemp("run"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The browser comes last: by then the notebooks have run. Tests that need a GPU say so where there is none."""
+    items.sort(key=lambda item: item.path.name == "test_browser.py")
+    if not packages.gpus():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and its driver"))

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from conftest import TINY
 
-from glmtrt_helpers import checkpoints, export, inputs, runtime
+from glmtrt_helpers import checkpoints, export, feeds, inputs, runtime
 from glmtrt_helpers.standin import train
 
 
@@ -60,7 +60,7 @@ def test_onnx_runtime_gives_pytorchs_tokens_on_the_whole_corpus(walked: Path, dt
     model = checkpoints.load_model(checkpoint, export.DTYPES[dtype], code=checkpoint.pristine_code)
     sessions = runtime.OrtSession(walked / f"model.{dtype}.onnx"), runtime.TorchSession(model)
     for example in train.load_corpus():
-        prompt = inputs.chat_prompt(tokenizer, example.question, example.history)
+        prompt = feeds.chat_prompt(tokenizer, example.question, example.history)
         limit = len(prompt) + len(tokenizer.encode_text(example.answer)) + 1
         ort, torch_ = (runtime.greedy(session, checkpoint, prompt, max_length=limit) for session in sessions)
         assert ort == torch_

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_checkpoints import to_bin
 
-from glmtrt_helpers import checkpoints, export, files, inputs, patches, runtime, shards
+from glmtrt_helpers import checkpoints, export, files, inputs, patches, references, runtime, shards
 from glmtrt_helpers.errors import WorkbookError
 
 SHAPES = [(1, 1, 0), (1, 7, 0), (4, 3, 0), (1, 1, 1), (4, 1, 600), (2, 6, 40)]
@@ -97,7 +97,7 @@ def test_numbers_at_shapes_never_exported(exported: Path, dtype: str, optimize: 
     reference = runtime.TorchSession(checkpoints.load_model(checkpoint, torch_dtype, code=checkpoint.pristine_code))
     for shape in SHAPES:
         flat = inputs.example_inputs(checkpoint, *shape, dtype=torch_dtype, padding=[0, *[1] * (shape[0] - 1)])
-        got, wanted = session.run(flat), reference.run(flat)
+        got, wanted = references.run_tensors(session, flat), references.run_tensors(reference, flat)
         for name, tensor in wanted.items():
             error = (got[name].float() - tensor.float()).abs().max().item()
             assert error <= (1e-5 if dtype == "fp32" else 6e-3) * max(1.0, tensor.abs().max().item()), (shape, name)
@@ -130,8 +130,8 @@ def test_later_opsets_give_the_same_numbers(exported: Path, opset: int) -> None:
     assert report.path.name == f"model.fp32.dynamo{opset}.onnx"
     assert graph(report.path).opset_import[0].version == opset
     flat = inputs.example_inputs(checkpoint, 3, 4, 9)
-    got = runtime.OrtSession(report.path).run(flat)["logits"]
-    wanted = runtime.OrtSession(exported / "model.fp32.onnx").run(flat)["logits"]
+    got = torch.from_numpy(runtime.OrtSession(report.path).run(flat)["logits"])
+    wanted = torch.from_numpy(runtime.OrtSession(exported / "model.fp32.onnx").run(flat)["logits"])
     assert torch.allclose(got, wanted, atol=1e-5)
 
 
@@ -139,8 +139,8 @@ def test_the_exporter_of_2023_gives_the_same_numbers(exported: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(exported)
     report = export.export_model(checkpoint, "fp32", exporter="torchscript", opset=17)
     flat = inputs.example_inputs(checkpoint, 3, 4, 9)
-    got = runtime.OrtSession(report.path).run(flat)["logits"]
-    wanted = runtime.OrtSession(exported / "model.fp32.onnx").run(flat)["logits"]
+    got = torch.from_numpy(runtime.OrtSession(report.path).run(flat)["logits"])
+    wanted = torch.from_numpy(runtime.OrtSession(exported / "model.fp32.onnx").run(flat)["logits"])
     assert torch.allclose(got, wanted, atol=1e-5)
     assert report.path.stat().st_size < 600_000
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmtrt_helpers import checkpoints, inputs, runtime
+from glmtrt_helpers import checkpoints, inputs, references, runtime
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 
@@ -23,7 +23,7 @@ def model(checkpoint: Checkpoint) -> torch.nn.Module:
 
 
 def call(model: torch.nn.Module, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return runtime.TorchSession(model).run(flat)
+    return references.run_tensors(runtime.TorchSession(model), flat)
 
 
 def test_names_and_shapes_are_those_of_the_specification(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
@@ -136,10 +136,3 @@ def test_missing_record_names_the_notebook(tiny_random: Path) -> None:
         inputs.load_record(checkpoint)
     with pytest.raises(WorkbookError, match="no call"):
         inputs.save_record(checkpoint, [])
-
-
-def test_chat_prompt_follows_the_rounds(checkpoint: Checkpoint) -> None:
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
-    assert tokenizer.decode(inputs.chat_prompt(tokenizer, "你好")) == "你好"
-    prompt = inputs.chat_prompt(tokenizer, "c", [("a", "b"), ("d", "e")])
-    assert tokenizer.decode(prompt) == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：d\n答：e\n[Round 2]\n问：c\n答："

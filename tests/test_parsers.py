@@ -42,3 +42,16 @@ def test_squeeze_with_axes_is_read() -> None:
 def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"garbage")
     assert parsers.tensorrt_errors(tmp_path / "model.onnx")
+
+
+def test_polygraphy_names_operator_node_and_reason(tmp_path: Path) -> None:
+    model = lookup("axes")
+    model.graph.node[0].op_type = "FancySqueeze"
+    model.opset_import.append(helper.make_opsetid("my.company", 1))
+    model.graph.node[0].domain = "my.company"
+    onnx.save(model, tmp_path / "broken.onnx")
+    said = parsers.inspect_capability(tmp_path / "broken.onnx")
+    assert "FancySqueeze" in said and "rotary/Squeeze" in said and "not supported" in said
+    onnx.save(lookup("axes"), tmp_path / "sound.onnx")
+    assert parsers.inspect_capability(tmp_path / "sound.onnx") == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "sound.onnx"]

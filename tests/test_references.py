@@ -10,7 +10,7 @@ from exporting import one_thread
 
 from glmtrt_helpers import checkpoints, inputs, references, runtime
 from glmtrt_helpers.checkpoints import Checkpoint
-from glmtrt_helpers.references import CASES, Case, Point
+from glmtrt_helpers.references import CASES, Case, Point, run_tensors
 
 __all__ = ["one_thread"]  # a fixture that every test here uses
 
@@ -54,7 +54,7 @@ def test_a_case_with_a_past_is_the_end_of_one_prompt(
     hidden_from_past = torch.ones(case.batch, 1, case.past, case.sequence, dtype=torch.bool)
     upper = torch.cat([prefix["attention_mask"], hidden_from_past], dim=-1)
     whole["attention_mask"] = torch.cat([upper, flat["attention_mask"]], dim=-2)
-    got, wanted = session.run(flat), session.run(whole)
+    got, wanted = run_tensors(session, flat), run_tensors(session, whole)
     for row, left in enumerate(case.padding or (0,) * case.batch):
         first = max(left - case.past, 0)
         torch.testing.assert_close(
@@ -68,7 +68,7 @@ def test_a_case_with_a_past_is_the_end_of_one_prompt(
 @pytest.mark.parametrize("case", [case for case in CASES if case.padding], ids=lambda case: case.name)
 def test_a_padded_row_is_the_row_alone(checkpoint: Checkpoint, session: runtime.TorchSession, case: Case) -> None:
     flat = references.case_inputs(checkpoint, case, session, torch.float32)
-    together = session.run(flat)["logits"]
+    together = run_tensors(session, flat)["logits"]
     for row, left in enumerate(case.padding):
         alone = {}
         for name, tensor in flat.items():
@@ -82,7 +82,7 @@ def test_a_padded_row_is_the_row_alone(checkpoint: Checkpoint, session: runtime.
             }.get(name, lambda t, k=keys: t[k:])(one)
         assert not alone["attention_mask"][0, 0, -1].any()
         assert alone["position_ids"].min() >= 0
-        torch.testing.assert_close(session.run(alone)["logits"][0, -1], together[row, -1], rtol=0, atol=2e-6)
+        torch.testing.assert_close(run_tensors(session, alone)["logits"][0, -1], together[row, -1], rtol=0, atol=2e-6)
     # A padded token sees nothing, as in a batch of a chat.
     if not case.past:
         padded = flat["attention_mask"][1, 0, : case.padding[1]]

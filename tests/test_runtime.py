@@ -1,11 +1,15 @@
 """Sessions and greedy decoding on a random model; the trained one is tried in test_standin and test_cli."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from exporting import exported_copy
 
-from glmtrt_helpers import checkpoints, inputs, runtime
+from glmtrt_helpers import checkpoints, feeds, inputs, runtime
+from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 
 
@@ -25,19 +29,93 @@ def test_greedy_stops_at_eop_and_at_the_limit(_random_master: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(_random_master)
     eop = checkpoint.config["eos_token_id"]
 
-    class Scripted:
-        dtype = torch.float32
-        script = iter([7, 8, eop, 9])
-
-        def run(self, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            logits = torch.zeros(1, flat["input_ids"].shape[1], checkpoint.vocab_size)
-            logits[0, -1, next(self.script)] = 1.0
-            return {"logits": logits}
-
     prompt = checkpoints.load_tokenizer(checkpoint).encode("a")
-    assert runtime.greedy(Scripted(), checkpoint, prompt) == [7, 8]
+    assert runtime.greedy(Scripted(checkpoint, [7, 8, eop, 9]), checkpoint, prompt) == [7, 8]
+    assert runtime.greedy(Scripted(checkpoint, [7] * 20), checkpoint, prompt, max_length=len(prompt) + 5) == [7] * 5
     with pytest.raises(WorkbookError, match="the limit is 4"):
-        runtime.greedy(Scripted(), checkpoint, prompt, max_length=4)
+        runtime.greedy(Scripted(checkpoint, []), checkpoint, prompt[:1] + prompt, max_length=4)
+
+
+class Scripted(runtime.Session):
+    """Says what the script says, whatever it is asked; each entry is one step, a list for the rows of a batch."""
+
+    backend = "scripted"
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, checkpoint: Checkpoint, script: Sequence[int | Sequence[int]]):
+        self.vocabulary = checkpoint.vocab_size
+        self.script = iter(script)
+        self.calls: list[dict[str, np.ndarray]] = []
+
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        return {}
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        self.calls.append(dict(flat))
+        batch, sequence = flat["input_ids"].shape
+        logits = np.zeros((batch, sequence, self.vocabulary), np.float32)
+        said = next(self.script)
+        for row, token in enumerate(said if isinstance(said, Sequence) else [said] * batch):
+            logits[row, -1, token] = 1.0
+        return {"logits": logits}
+
+
+def test_rows_end_one_after_the_other(_random_master: Path) -> None:
+    """A row that has come to <eop> yields None and is fed padding; the others go on undisturbed."""
+    checkpoint = checkpoints.open_checkpoint(_random_master)
+    eop, pad = checkpoint.config["eos_token_id"], checkpoint.config["pad_token_id"]
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    session = Scripted(checkpoint, [[7, 8], [eop, 9], [11, 10], [12, eop]])
+    steps = list(runtime.generate(session, checkpoint, [tokenizer.encode("a"), tokenizer.encode("the dog")]))
+    assert steps == [[7, 8], [None, 9], [None, 10]]
+    assert [call["input_ids"].tolist() for call in session.calls[1:]] == [[[7], [8]], [[eop], [9]], [[pad], [10]]]
+
+
+def test_limits_of_a_session_are_checked_before_it_runs(_random_master: Path) -> None:
+    checkpoint = checkpoints.open_checkpoint(_random_master)
+    prompt = checkpoints.load_tokenizer(checkpoint).encode("the good dog")
+    session = Scripted(checkpoint, [])
+    session.limits = runtime.Limits(batch=2, prompt=len(prompt) - 1, total=64)
+    with pytest.raises(WorkbookError, match=r"1 prompts of up to \d+ tokens lie outside the engine's profiles"):
+        runtime.greedy(session, checkpoint, prompt)
+    with pytest.raises(WorkbookError, match="3 prompts of up to"):
+        next(runtime.generate(session, checkpoint, [prompt[-3:]] * 3))
+    session.limits = runtime.Limits(total=len(prompt))
+    with pytest.raises(WorkbookError, match=f"the limit is {len(prompt)}"):
+        runtime.greedy(session, checkpoint, prompt)
+    with pytest.raises(WorkbookError, match="there is no prompt"):
+        next(runtime.generate(session, checkpoint, []))
+    assert not session.calls
+
+
+def test_stepping_equals_running(tmp_path: Path) -> None:
+    """The cache that a session keeps is the one that comes out of run: torch and ort, prefill and two decodes."""
+    checkpoint = exported_copy(tmp_path)
+    prompts = [checkpoints.load_tokenizer(checkpoint).encode(text) for text in ("the good dog", "a")]
+    for backend in ("torch", "ort"):
+        session = runtime.open_session(checkpoint, backend, "fp32")
+        assert session.backend == backend and session.dtype == np.float32
+        call, past = feeds.prefill(checkpoint, prompts), session.empty_past(2)
+        for tokens in ([20, 21], [22, 23]):
+            outputs = session.run({**call, **past})
+            np.testing.assert_array_equal(session.step(call), outputs.pop("logits")[:, -1])
+            past = {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
+            call = feeds.decode(call, np.array(tokens))
+        session.reset()
+        again = feeds.prefill(checkpoint, prompts)
+        np.testing.assert_array_equal(
+            session.step(again), session.run({**again, **session.empty_past(2)})["logits"][:, -1]
+        )
+
+
+def test_backends_by_name(tmp_path: Path) -> None:
+    checkpoint = exported_copy(tmp_path)
+    with pytest.raises(WorkbookError, match="'gpu' is no backend of this workbook: choose torch, ort, tensorrt"):
+        runtime.open_session(checkpoint, "gpu")
+    assert "05_build_profiles" in runtime.unavailable(checkpoint)["tensorrt"]
+    assert runtime.best_backend(checkpoint)[0] == "ort"
+    (checkpoint.directory / "model.fp16.onnx").unlink()
+    assert runtime.best_backend(checkpoint)[0] == "torch" and "03_export" in runtime.unavailable(checkpoint)["ort"]
 
 
 def test_missing_and_broken_onnx_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from glmtrt_helpers import checkpoints, inputs, runtime
+from glmtrt_helpers import checkpoints, feeds, runtime
 from glmtrt_helpers.standin import train
 
 
@@ -34,7 +34,7 @@ def test_shipped_checkpoint_answers_greedily() -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     session = runtime.TorchSession(checkpoints.load_model(checkpoint))
     for example in train.load_corpus()[::12]:
-        prompt = inputs.chat_prompt(tokenizer, example.question, example.history)
+        prompt = feeds.chat_prompt(tokenizer, example.question, example.history)
         assert tokenizer.decode(runtime.greedy(session, checkpoint, prompt)) == example.answer
 
 
@@ -67,7 +67,7 @@ def test_a_smaller_standin_learns(tmp_path: Path) -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     session = runtime.TorchSession(checkpoints.load_model(checkpoint, torch.float16))
     for example in examples:
-        prompt = inputs.chat_prompt(tokenizer, example.question, example.history)
+        prompt = feeds.chat_prompt(tokenizer, example.question, example.history)
         assert tokenizer.decode(runtime.greedy(session, checkpoint, prompt, max_length=1024)) == example.answer
 
 

@@ -16,7 +16,6 @@ from exporting import (
     exported_copy,
     one_thread,
     replace_weight,
-    set_alpha_once,
     set_scalar,
     set_tables,
     shift_weight,
@@ -24,7 +23,7 @@ from exporting import (
 )
 from rich.console import Console
 
-from glmtrt_helpers import export, runtime, verification
+from glmtrt_helpers import drift, export, runtime, verification
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.references import CASES, Case
@@ -128,12 +127,13 @@ class Changed:
     """A session whose outputs go through a function."""
 
     dtype = torch.float32
+    arithmetic = None
 
     def __init__(self, session: runtime.OrtSession, change: Callable[[dict[str, torch.Tensor]], None]):
         self.session, self.change = session, change
 
     def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        outputs = {name: tensor.clone() for name, tensor in self.session.run(flat).items()}
+        outputs = {name: torch.tensor(array) for name, array in self.session.run(flat).items()}
         self.change(outputs)
         return outputs
 
@@ -188,7 +188,7 @@ def test_the_table_says_what_failed(checkpoint: Checkpoint) -> None:
     assert f"{row.case.name}: it said [gMASK]" in [line.strip() for line in lines]
 
 
-@pytest.mark.parametrize("look", [verification.verify, verification.layer_errors])
+@pytest.mark.parametrize("look", [verification.verify, drift.layer_errors])
 def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Checkpoint, look: Callable[..., object]) -> None:
     path = checkpoint.directory / "model.fp16.onnx"
     with pytest.raises(WorkbookError, match="'bf16' is no precision"):
@@ -217,93 +217,9 @@ def test_a_graph_without_a_note_of_its_source_is_told_by_its_age(checkpoint: Che
         verification.verify(checkpoint, "fp32", SHORT)
 
 
-def test_layers_of_a_right_graph_are_all_within(checkpoint: Checkpoint) -> None:
-    before = {path.name for path in checkpoint.directory.iterdir()}
-    for dtype in ("fp16", "fp32"):
-        errors = verification.layer_errors(checkpoint, dtype)
-        assert all(error.ok for error in errors) and verification.first_difference(errors) is None
-        assert [error.name for error in errors if error.point.layer in (None, 1)] == [
-            "embeddings", "layer 1 input_layernorm", "layer 1 attention", "layer 1 attention.dense",
-            "layer 1 attention residual", "layer 1 post_attention_layernorm", "layer 1 mlp", "layer 1 output",
-            "final_layernorm", "logits",
-        ]  # fmt: skip
-        # A gather of fp16 weights is exact; everything behind it is computed.
-        assert errors[0].error == 0 and all(error.error > 0 for error in errors[1:])
-        assert len({error.point.tensor for error in errors}) == len(errors) == 17
-    assert {path.name for path in checkpoint.directory.iterdir()} == before
-
-
-PLACES: dict[str, tuple[Damage, str]] = {
-    "embedding": (replace_weight("transformer.word_embeddings.weight"), "embeddings"),
-    "layernorm": (replace_weight("transformer.layers.1.input_layernorm.bias"), "layer 1 input_layernorm"),
-    "qkv": (replace_weight(QKV), "layer 1 attention"),
-    "dense": (replace_weight("transformer.layers.1.attention.dense.weight"), "layer 1 attention.dense"),
-    "alpha": (set_alpha_once(1, 0, 7), "layer 1 attention residual"),
-    "layernorm 2": (replace_weight("transformer.layers.0.post_attention_layernorm.bias"),
-                    "layer 0 post_attention_layernorm"),
-    "mlp": (replace_weight("transformer.layers.1.mlp.dense_4h_to_h.bias"), "layer 1 mlp"),
-    "alpha 2": (set_alpha_once(0, 1, 7), "layer 0 output"),
-    "final": (replace_weight("transformer.final_layernorm.weight"), "final_layernorm"),
-    "head": (replace_weight("lm_head.weight"), "logits"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_the_damaged_place_is_named(checkpoint: Checkpoint, place: str) -> None:
-    damage, name = PLACES[place]
-    for dtype in ("fp16", "fp32") if place in ("qkv", "alpha") else ("fp16",):
-        path = damaged(checkpoint, dtype, damage)
-        first = verification.first_difference(verification.layer_errors(checkpoint, dtype, onnx_path=path))
-        assert first is not None and first.name == name
-
-
-def test_layers_of_another_session(checkpoint: Checkpoint) -> None:
-    """An engine built from the marked graph can be compared in ONNX Runtime's place."""
-    marked = checkpoint.directory / "marked.onnx"
-    points = verification.mark_layers(checkpoint.directory / "model.fp32.onnx", marked, 2)
-    session = runtime.OrtSession(marked, extra_outputs=[point.tensor for point in points])
-    changed = next(point for point in points if point.name == "layer 0 mlp")
-    errors = verification.layer_errors(checkpoint, "fp32", session=Changed(session, nudge(changed.tensor, 1e-2)))
-    assert [error.name for error in errors if not error.ok] == ["layer 0 mlp"]
-    assert next(error.error for error in errors if not error.ok) == pytest.approx(1e-2, rel=0.01)
-    with pytest.raises(WorkbookError, match="build it from the graph of `mark_layers`"):
-        verification.layer_errors(checkpoint, session=runtime.OrtSession(checkpoint.directory / "model.fp16.onnx"))
-
-
-def test_a_graph_without_scopes_has_no_layers(checkpoint: Checkpoint) -> None:
-    with editing(checkpoint.directory / "model.fp16.onnx") as model:
-        for node in model.graph.node:
-            del node.metadata_props[:]
-    with pytest.raises(WorkbookError, match="do not tell which module"):
-        verification.layer_errors(checkpoint)
-    assert not (checkpoint.directory / "model.fp16.layers.onnx").exists()
-
-
-def test_the_plot_marks_the_first_layer_beyond(checkpoint: Checkpoint) -> None:
-    path = damaged(checkpoint, "fp16", PLACES["mlp"][0])
-    errors = verification.layer_errors(checkpoint, onnx_path=path)
-    (axis,) = verification.plot_layer_errors(errors).axes
-    assert axis.get_yscale() == "log" and "largest" in axis.get_ylabel()
-    assert [text.get_text() for text in axis.texts] == ["first beyond: layer 1 mlp"]
-    lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axis.lines}
-    at = [error.name for error in errors].index("layer 1 mlp")
-    assert lines["the graph"][at] == pytest.approx(errors[at].error / errors[at].scale)
-    assert (lines["the graph"] <= lines["allowed"]).tolist() == [error.ok for error in errors]
-    assert "PyTorch fp16" in lines and (lines["PyTorch fp16"] > 0).all()
-    # The embeddings are exact, and still on the picture.
-    assert errors[0].error == 0 and 0 < lines["the graph"][0] < lines["the graph"][1:].min()
-    assert [label.get_text() for label in axis.get_xticklabels()] == [error.name for error in errors]
-    right = [replace(error, error=0.0) for error in errors]
-    assert not verification.plot_layer_errors(right).axes[0].texts
-    # 28 layers have no room for every name.
-    many = [replace(e, point=replace(e.point, layer=i)) for i in range(28) for e in errors[1:8]]
-    labels = [label.get_text() for label in verification.plot_layer_errors(many).axes[0].get_xticklabels()]
-    assert labels == [f"layer {i}" for i in range(28)]
-
-
 def test_the_graph_is_not_changed_by_looking(checkpoint: Checkpoint) -> None:
     path = checkpoint.directory / "model.fp32.onnx"
     before = path.read_bytes()
-    verification.layer_errors(checkpoint, "fp32")
+    drift.layer_errors(checkpoint, "fp32")
     assert path.read_bytes() == before and export.onnx_path(checkpoint, "fp32") == path
     assert re.search(rb"glmtrt\.code_sha256", before) and onnx.load(str(path), load_external_data=False).metadata_props

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sentencepiece import sentencepiece_model_pb2
 from torch.nn import functional
 
-from glmtrt_helpers import checkpoints, inputs
+from glmtrt_helpers import checkpoints, feeds, inputs
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.standin import build
@@ -90,7 +90,7 @@ def encode_examples(checkpoint: Checkpoint, examples: Sequence[Example]) -> list
     """Token ids of prompt, answer and <eop> for each example."""
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     return [
-        inputs.chat_prompt(tokenizer, example.question, example.history) + answer_ids(tokenizer, example.answer)
+        feeds.chat_prompt(tokenizer, example.question, example.history) + answer_ids(tokenizer, example.answer)
         for example in examples
     ]
 

@@ -1,0 +1,244 @@
+"""Notebook 05: build an engine from the exported ONNX, without a GPU where the package can, and read one back.
+
+The parser takes the weights from the checkpoint's shards, where they are mapped, not copied; the plan is written as it
+is made. Precision is the graph's own: the network is strongly typed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glmtrt_helpers import packages, plans
+from glmtrt_helpers.callbacks import interruptible, make_log, make_monitor, make_writer
+from glmtrt_helpers.checkpoints import Checkpoint, code_sha256
+from glmtrt_helpers.drift import mark_layers
+from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.export import onnx_path as exported_path
+from glmtrt_helpers.files import replacing
+from glmtrt_helpers.packages import Package
+from glmtrt_helpers.plans import PlanInfo, Tensor
+from glmtrt_helpers.profiles import Profile, Range, chat_profiles
+from glmtrt_helpers.references import LAYER_CASE, Case
+from glmtrt_helpers.scopes import load_graph
+from glmtrt_helpers.tensorrt_session import TensorRTSession
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What can be asked of the builder beside the profiles.
+
+    targets: compute capabilities such as "8.9" to build for; tensorrt-rtx only, whose plans fit all by default.
+    weight_streaming: weights may stay in host memory and be streamed to a card that is too small.
+    hardware_compatible: the plan runs on every GPU from Ampere on; the full tensorrt only, tensorrt-rtx's plans do.
+    version_compatible: later releases load the plan, too; the full tensorrt only.
+    tf32: products of fp32 numbers may round their inputs to ten bits; exact products are slower.
+    """
+
+    targets: Sequence[str] = ()
+    weight_streaming: bool = False
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    tf32: bool = True
+
+    def names(self) -> list[str]:
+        """As they are written into the JSON."""
+        chosen = [name for name in ("weight_streaming", "hardware_compatible", "version_compatible")
+                  if getattr(self, name)]  # fmt: skip
+        return [name.replace("_", "-") for name in chosen] + ([] if self.tf32 else ["no-tf32"])
+
+
+@dataclass
+class BuildReport:
+    """What was built. phases: seconds and steps of each phase of the builder, in order of their start."""
+
+    plan: Path
+    info: PlanInfo
+    package: Package
+    phases: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+def build_engine(
+    checkpoint: Checkpoint,
+    dtype: str = "fp16",
+    profiles: Sequence[Profile] | None = None,
+    *,
+    options: BuildOptions | None = None,
+    package: str | None = None,
+    onnx_path: Path | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> BuildReport:
+    """Build `model.DTYPE.plan` and its JSON from `model.DTYPE.onnx` of the working copy; returns what was built.
+
+    profiles: `profiles.chat_profiles` by default. onnx_path: another graph beside the shards; its plan takes its name.
+    progress is called with a phase, its steps done and all its steps. Nothing is left half-written: the plan appears
+    under its name when all of it is on the disk, and a plan without a matching JSON is refused.
+    Raises WorkbookError for a missing or unreadable graph, an option that the package has not, a full disk.
+    """
+    options = options or BuildOptions()
+    packages.settle_tf32(options.tf32)
+    chosen = packages.choose(package, building=True)
+    check_options(options, chosen)
+    source = onnx_path or exported_path(checkpoint, dtype)
+    load_graph(source)
+    profiles = list(profiles or chat_profiles(checkpoint))
+    started = time.perf_counter()
+    trt = chosen.module
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    network, parser = _parse(trt, builder, log, source)
+    config = builder.create_builder_config()
+    monitor = make_monitor(trt, progress)
+    config.progress_monitor = monitor
+    _apply(trt, config, options)
+    shapes = _add_profiles(builder, network, config, profiles, checkpoint)
+    plan = source.with_suffix(".plan")
+    with replacing(plan) as temporary:
+        with temporary.open("wb") as stream:
+            writer = make_writer(trt, stream)
+            with interruptible(monitor):
+                done = builder.build_serialized_network_to_stream(network, config, writer)
+            _check_built(done, monitor, writer, log, plan)
+        info = PlanInfo(
+            chosen.name, chosen.version, list(options.targets), options.names(), dtype, profiles,
+            _tensors(network, shapes), source.name, plans.file_sha256(source), code_sha256(checkpoint.code),
+            plans.weights_sha256(checkpoint), writer.written, writer.digest.hexdigest(),
+            round(time.perf_counter() - started, 2),
+        )  # fmt: skip
+        plans.info_path(plan).unlink(missing_ok=True)  # from here to its rewriting the plan is refused, not misread
+    plans.write_info(plan, info)
+    del parser  # it owns the mapped weights until here
+    return BuildReport(plan, info, chosen, monitor.phases)
+
+
+def check_options(options: BuildOptions, package: Package) -> None:
+    """Refuse what the package does not have, rather than let it be ignored with a warning."""
+    if package.name == "tensorrt-rtx":
+        for name, why in (
+            ("hardware_compatible", "its plans run on every GPU that it supports as they are"),
+            ("version_compatible", "it comes without the lean runtime that would load such a plan"),
+        ):
+            if getattr(options, name):
+                raise WorkbookError(f"tensorrt-rtx has no --{name.replace('_', '-')}: {why}; leave it out.")
+        known = [name[2:] for name in package.module.ComputeCapability.__members__ if name.startswith("SM")]
+        for target in options.targets:
+            if target.replace(".", "") not in known:
+                texts = ", ".join(f"{name[:-1]}.{name[-1]}" for name in known)
+                raise WorkbookError(f"tensorrt-rtx does not build for compute capability {target}: choose of {texts}.")
+    elif options.targets:
+        raise WorkbookError("the full tensorrt builds for the GPU it runs on: leave --target out.")
+
+
+def _parse(trt: Any, builder: Any, log: Any, source: Path) -> tuple[Any, Any]:
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(source)):
+        from glmtrt_helpers.parsers import sentence
+
+        raise WorkbookError(
+            f"{source} cannot be parsed by TensorRT ({sentence(parser.get_error(0))}): see notebook 05_build_profiles "
+            "for how to find the nodes at fault."
+        )
+    return network, parser
+
+
+def _apply(trt: Any, config: Any, options: BuildOptions) -> None:
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
+
+
+def _add_profiles(
+    builder: Any, network: Any, config: Any, profiles: Sequence[Profile], checkpoint: Checkpoint
+) -> dict[str, list[list[list[int]]]]:
+    """Give the builder its profiles; returns, by input, what was set."""
+    names = [network.get_input(index).name for index in range(network.num_inputs)]
+    shapes: dict[str, list[list[list[int]]]] = {name: [] for name in names}
+    for profile in profiles:
+        made = builder.create_optimization_profile()
+        for name in names:
+            low, typical, high = profile.shapes(name, checkpoint.num_heads, checkpoint.head_size)
+            made.set_shape(name, low, typical, high)
+            shapes[name].append([list(low), list(typical), list(high)])
+        if config.add_optimization_profile(made) < 0:
+            raise WorkbookError(f"TensorRT does not take the profile {profile}: its ranges contradict the graph.")
+    return shapes
+
+
+def _tensors(network: Any, shapes: dict[str, list[list[list[int]]]]) -> list[Tensor]:
+    def describe(tensor: Any, mode: str) -> Tensor:
+        return Tensor(tensor.name, mode, _dtype(tensor.dtype), list(tensor.shape), shapes.get(tensor.name, []))
+
+    inputs = [describe(network.get_input(index), "input") for index in range(network.num_inputs)]
+    return inputs + [describe(network.get_output(index), "output") for index in range(network.num_outputs)]
+
+
+def _dtype(kind: Any) -> str:
+    """TensorRT's type by NumPy's name."""
+    return {"HALF": "float16", "FLOAT": "float32", "BOOL": "bool"}.get(kind.name, kind.name.lower())
+
+
+def _check_built(done: bool, monitor: Any, writer: Any, log: Any, plan: Path) -> None:
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if writer.error is not None:
+        raise WorkbookError(
+            f"{plan} could not be written ({writer.error.strerror or writer.error}) after {writer.written:,} bytes: "
+            f"free room in {plan.parent} and build again."
+        ) from writer.error
+    if not done:
+        raise WorkbookError(f"TensorRT could not build {plan.name} ({log.first_error()}).")
+
+
+def layer_session(
+    checkpoint: Checkpoint, dtype: str, case: Case = LAYER_CASE, onnx_path: Path | None = None
+) -> TensorRTSession:
+    """An engine of the graph at onnx_path, for one case, whose outputs include its inner tensors: `drift.layer_errors`.
+
+    Nothing of it stays on the disk. What becomes an output cannot be fused away: the engine is a little slower, and
+    may round at other places, than the one that is looked into.
+    """
+    source = onnx_path or exported_path(checkpoint, dtype)
+    marked = source.with_name(f"{source.stem}.marked.onnx")
+    plan = marked.with_suffix(".plan")
+    exact = [Range(n, n, n) for n in (case.batch, case.sequence, case.past)]
+    try:
+        mark_layers(source, marked, checkpoint.num_layers)
+        build_engine(checkpoint, dtype, [Profile(case.name, *exact)], onnx_path=marked)
+        return TensorRTSession.open(checkpoint, dtype, plan)
+    finally:
+        for file in (marked, plan, plans.info_path(plan)):
+            file.unlink(missing_ok=True)
+
+
+def read_engine(plan: Path, package: Package) -> list[Tensor]:
+    """Deserialise a plan and read its IO tensors with every profile; needs a driver, `plans.read_info` does not."""
+    trt = package.module
+    log = make_log(trt)
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    if engine is None:
+        raise WorkbookError(f"{plan} is not loaded by {package.name} {package.version} ({log.first_error()}).")
+    tensors = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        count = engine.num_optimization_profiles if is_input else 0
+        shapes = [[list(s) for s in engine.get_tensor_profile_shape(name, p)] for p in range(count)]
+        mode, dtype = "input" if is_input else "output", _dtype(engine.get_tensor_dtype(name))
+        tensors.append(Tensor(name, mode, dtype, list(engine.get_tensor_shape(name)), shapes))
+    return tensors
