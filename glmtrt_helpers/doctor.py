@@ -26,13 +26,13 @@ def report(directory: Path | None = None) -> list[tuple[str, str, str]]:
         capability = ".".join(map(str, gpu.capability))
         rows.append(("GPU", f"{gpu.name}, {gpu.memory / gib:.0f} GiB", f"compute capability {capability}"))
     if not cards:
-        rows.append(("GPU", "none", "every part so far runs without one"))
+        rows.append(("GPU", "none", "every notebook runs without one; an engine is built, and answers on a GPU"))
     for package in ("tensorrt-rtx", "tensorrt"):
         release = version(package)
         if release:
             rows.append((package, release, verdict(package, release, cards[0] if cards else None)[1]))
         elif package == "tensorrt-rtx":
-            rows.append((package, "not installed", "notebooks 02 to 04 want its parser: make test or pip install -e ."))
+            rows.append((package, "not installed", "notebooks 02 to 06 want it: make test or pip install -e ."))
     rows += [(package, version(package) or "not installed", "") for package in ("torch", "transformers", "onnx")]
     rows.append(("ONNX Runtime", version("onnxruntime-gpu") or version("onnxruntime") or "not installed", _providers()))
     return rows
@@ -56,6 +56,8 @@ def parts(gpu_memory: int = 0) -> list[tuple[str, str, str]]:
         ("03 export", "yes", verdict(4, 14)),
         ("04 inspect", "yes", verdict(4, 14)),
         ("04 verify", "yes", verdict(32, 14)),
+        ("05 build", "yes", verdict(16, 28)),
+        ("06 chat, on the CPU", "yes", verdict(16, 14)),
     ]
 
 

@@ -52,14 +52,18 @@ class ChatPanel:
         self.send = _classed(widgets.Button(description="send", button_style="primary"), "glmtrt-send")
         self.stop = _classed(widgets.Button(description="stop", disabled=True), "glmtrt-stop")
         self.anew = _classed(
-            widgets.Button(description="new conversation", layout=widgets.Layout(width="140px")), "glmtrt-new"
+            widgets.Button(description="new conversation", layout=widgets.Layout(flex="0 0 auto", width="150px")),
+            "glmtrt-new",
         )
         choices = [(WHERE[name], name) for name in runtime.BACKENDS if name not in self.missing]
         self.backend = widgets.Dropdown(
             options=choices, value=backend, description="backend", layout=widgets.Layout(width="300px")
         )
         _classed(self.backend, "glmtrt-backend")
-        self.greedy = _classed(widgets.Checkbox(value=True, description="greedy", indent=False), "glmtrt-greedy")
+        self.greedy = _classed(
+            widgets.Checkbox(value=True, description="greedy", indent=False, layout=widgets.Layout(width="auto")),
+            "glmtrt-greedy",
+        )
         defaults = Sampling()
         self.temperature = _slider(widgets.FloatSlider, defaults.temperature, 0.05, 5.0, 0.05, "temperature")
         self.top_p = _slider(widgets.FloatSlider, defaults.top_p, 0.05, 1.0, 0.05, "top-p")
@@ -77,7 +81,10 @@ class ChatPanel:
             widgets.HTML(STYLE),
             self.log,
             self.question,
-            widgets.HBox([self.send, self.stop, self.anew, self.backend, self.greedy]),
+            widgets.HBox(
+                [self.send, self.stop, self.anew, self.backend, self.greedy],
+                layout=widgets.Layout(flex_flow="row wrap"),
+            ),
             widgets.HBox([self.temperature, self.top_p]),
             widgets.HBox([self.top_k, self.pace]),
             widgets.HBox([self.cache, self.cache_text]),

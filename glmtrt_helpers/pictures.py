@@ -1,5 +1,6 @@
 """Tables and pictures that the notebooks and the command line share. Chinese shows in all of them."""
 
+import html
 import importlib
 import importlib.util
 import io
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -73,13 +73,40 @@ def _png(figure: Figure) -> bytes:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Any = None) -> None:
     """Print a table, as text in a terminal and as HTML in a notebook; numbers are set flush right."""
+    numeric = [
+        bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        for i in range(len(columns))
+    ]
     table = Table(title=title or None, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        number = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+    for column, number in zip(columns, numeric, strict=True):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(format_cell(cell) for cell in row))
-    (console or Console()).print(table)
+    cells = [[format_cell(cell) for cell in row] for row in rows]
+    for row in cells:
+        table.add_row(*row)
+    if console is None and Console().is_jupyter:
+        from IPython.display import display
+
+        text = io.StringIO()
+        Console(file=text, width=115, force_jupyter=False).print(table)
+        views = {"text/html": _html_table(columns, cells, numeric, title), "text/plain": text.getvalue()}
+        display(views, raw=True)
+    else:
+        (console or Console()).print(table)
+
+
+def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> str:
+    """A browser aligns columns itself; a table drawn with characters is crooked wherever Chinese is in it."""
+    align = [f' style="text-align:{"right" if number else "left"};white-space:pre-wrap"' for number in numeric]
+
+    def line(tag: str, row: Sequence[str]) -> str:
+        filled = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell, style in zip(row, align, strict=True))
+        return f"<tr>{''.join(filled)}</tr>"
+
+    caption = f'<caption style="text-align:left">{html.escape(title)}</caption>' if title else ""
+    body = "\n".join(line("td", row) for row in cells)
+    return (
+        f'<table style="margin-left:0">{caption}\n<thead>{line("th", columns)}</thead>\n<tbody>{body}</tbody></table>'
+    )
 
 
 def print_rich(*tables: Any) -> None:
@@ -271,12 +298,7 @@ def turn(draw: Callable[..., Any], **choices: Any) -> Any:
     """A widget that calls `draw` with what the reader chooses; the notebook shows a static picture before it."""
     import ipywidgets
 
-    return ipywidgets.interactive(draw, {"auto_display": True}, **choices)
-
-
-def bare_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty canvas for a drawing."""
-    figure, axis = plt.subplots(figsize=(width, height))
-    axis.set_axis_off()
-    plt.close(figure)
-    return figure, axis
+    made = ipywidgets.interactive(draw, {"auto_display": True}, **choices)
+    for widget in made.children[:-1]:
+        widget.style.description_width = "initial"  # a long name would be cut
+    return made

@@ -85,6 +85,7 @@ def jupyterlab(notebooks: Sequence[Path], private: Path) -> Iterator[Lab]:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(content, folder / path.name)
+    shutil.copytree(ROOT / "notebooks" / "pictures", folder / "pictures")
     for name, values in SETTINGS.items():
         file = private / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)

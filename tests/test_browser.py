@@ -111,10 +111,10 @@ def test_stop_ends_an_answer_and_the_next_one_is_whole(panel: ChatPanel) -> None
     panel.wait_for_answer(ANSWERS[CHINESE])
 
 
-def test_no_broken_character_on_the_page(panel: ChatPanel) -> None:
+def test_no_broken_character_in_the_panel(panel: ChatPanel) -> None:
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
-    text = panel.page.locator(".jp-NotebookPanel").inner_text()
+    text = panel.root.inner_text()  # elsewhere the notebook shows one on purpose
     assert CHINESE in text and ANSWERS[CHINESE] in text
     found = text.find("\ufffd")
     assert found < 0, text[max(found - 100, 0) : found + 100]

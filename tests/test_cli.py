@@ -9,7 +9,7 @@ import onnx
 import pytest
 from conftest import TINY
 
-from glmtrt_helpers import checkpoints, export, feeds, inputs, runtime
+from glmtrt_helpers import checkpoints, export, feeds, inputs, plans, runtime
 from glmtrt_helpers.standin import train
 
 
@@ -65,6 +65,19 @@ def test_onnx_runtime_gives_pytorchs_tokens_on_the_whole_corpus(walked: Path, dt
         ort, torch_ = (runtime.greedy(session, checkpoint, prompt, max_length=limit) for session in sessions)
         assert ort == torch_
         assert tokenizer.decode(ort) == example.answer
+
+
+def test_build_writes_a_plan_and_its_json_and_chat_answers(walked: Path) -> None:
+    done = glmtrt("build", walked, "--past", "1,64,255", "--prompt", "1,16,128", "--batch", "1,1,2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    info = plans.read_info(plans.plan_path(checkpoints.open_checkpoint(walked), "fp16"))
+    assert [(profile.name, profile.past.max, profile.batch.max) for profile in info.profiles] == [
+        ("prefill", 0, 2),
+        ("decode", 255, 2),
+    ]
+    assert "255x2x4x32" in done.stdout
+    done = glmtrt("chat", walked, "--backend", "ort", "--prompt", "你好", "--greedy")
+    assert done.returncode == 0 and done.stdout.startswith("你好！"), done.stderr
 
 
 def test_patch_check_and_restore(tiny_random: Path) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from glmtrt_helpers import checkpoints, export, patches
+from glmtrt_helpers import chat, checkpoints, export, patches, runtime
+from glmtrt_helpers import terminal as console
+from glmtrt_helpers.sampling import Sampling
 from glmtrt_helpers.standin import train
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers import cli; cli.main()"]
@@ -41,6 +43,16 @@ def test_the_answer_alone_on_standard_output(walked: Path) -> None:
         assert done.returncode == 0 and done.stdout == ANSWERS[question] + "\n", done.stderr
     done = run("chat", walked, "--prompt", "你好", "--greedy", LANG="C", LC_ALL="C")
     assert done.stdout == ANSWERS["你好"] + "\n" and "Answering on" in done.stderr
+
+
+def test_every_trained_answer_is_printed_exactly(walked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = checkpoints.open_checkpoint(walked)
+    session = runtime.open_session(checkpoint, "ort")
+    for example in train.load_corpus():
+        talk = chat.Chat(checkpoint, session, Sampling(greedy=True))
+        talk.history = list(example.history)
+        console.answer(talk, example.question)
+        assert capsys.readouterr().out == example.answer + "\n"
 
 
 def test_a_pipe_holds_a_conversation(walked: Path) -> None:
