@@ -7,7 +7,6 @@ configuration and shard headers only; `load_model` runs the remote code, which s
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmtrt_helpers import shards
+from glmtrt_helpers import configs, shards
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.shards import StoredTensor
@@ -28,6 +27,8 @@ CODE_NAME = "modeling_chatglm.py"
 BACKUP_NAME = CODE_NAME + ".orig"
 # Above this size a working copy links instead of copying.
 LINK_BYTES = 64 * 2**20
+# Above this many bytes of weights, fp32 on a laptop goes layer by layer.
+LARGE_BYTES = 2_000_000_000
 _announced: set[str] = set()
 
 
@@ -86,6 +87,15 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def is_large(self) -> bool:
+        return self.weight_bytes > LARGE_BYTES
+
+    @property
+    def is_random(self) -> bool:
+        """Written by `glmtrt standin --size`: good for measuring, and what it says means nothing."""
+        return bool(self.config.get(configs.RANDOM_KEY))
+
+    @property
     def is_safetensors(self) -> bool:
         return all(tensor.offset is not None for tensor in self.tensors.values())
 
@@ -99,7 +109,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise WorkbookError(f"{directory} is not a directory: give the folder that holds the checkpoint's config.json.")
-    config = _read_config(directory / "config.json")
+    config = configs.read_config(directory / "config.json")
     if not (directory / CODE_NAME).exists():
         raise WorkbookError(
             f"{directory / CODE_NAME} is missing: it comes with the checkpoint and defines the model, copy it there."
@@ -109,79 +119,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     return Checkpoint(directory, config, tensors)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WorkbookError(f"{path} is missing: this folder is not a checkpoint, or its download stopped.") from None
-    except ValueError as error:
-        raise WorkbookError(f"{path} is not JSON ({error}): download it again.") from None
-    _check_family(path, config)
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise WorkbookError(f"{path} has no usable {key!r} ({config.get(key)!r}): download it again.")
-    # Configurations of March 2023 name <sop> and <eop> only; the order of the special tokens never changed.
-    sop = config.setdefault("bos_token_id", 150004)
-    for key, value in (("mask", sop - 4), ("gmask", sop - 3), ("eos", sop + 1), ("pad", 3)):
-        config.setdefault(f"{key}_token_id", value)
-    return config
-
-
-def _check_family(path: Path, config: dict[str, Any]) -> None:
-    """The later ChatGLM families share the model_type; their configuration gives them away."""
-    if config.get("model_type") != "chatglm":
-        raise WorkbookError(
-            f"{path} describes a {config.get('model_type')!r} model: this workbook reads ChatGLM-6B of 2023, 'chatglm'."
-        )
-    if any(key in config for key in ("multi_query_attention", "padded_vocab_size", "kv_channels")):
-        raise WorkbookError(
-            f"{path} describes ChatGLM2, ChatGLM3 or GLM-4 (it has rotary, multi-query attention): this workbook reads "
-            "the first generation only, THUDM/chatglm-6b."
-        )
-    if any(key in config for key in ("vision_config", "image_length", "eva_config", "qformer_config")):
-        raise WorkbookError(
-            f"{path} describes VisualGLM, which takes images: this workbook reads the text model, THUDM/chatglm-6b."
-        )
-    if config.get("quantization_bit"):
-        raise WorkbookError(
-            f"{path} has quantization_bit {config['quantization_bit']}: its int weights need CUDA kernels of their own "
-            "that no exporter can follow; take the fp16 checkpoint, THUDM/chatglm-6b."
-        )
-    if config.get("pre_seq_len"):
-        raise WorkbookError(
-            f"{path} has pre_seq_len {config['pre_seq_len']} (P-tuning v2): its prefix changes every layer's past, "
-            "which this workbook does not export; merge a LoRA instead, or remove pre_seq_len to use the base model."
-        )
-    if not config.get("position_encoding_2d", True):
-        raise WorkbookError(
-            f"{path} turns position_encoding_2d off: ChatGLM-6B has two rows of positions, set it to true."
-        )
-
-
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight by state-dict name, from the configuration (inv_freq is computed, not stored)."""
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    inner = config.get("inner_hidden_size") or 4 * hidden
-    shapes: dict[str, tuple[int, ...]] = {"transformer.word_embeddings.weight": (vocab, hidden)}
-    for i in range(config["num_layers"]):
-        layer = f"transformer.layers.{i}."
-        for module, out_features, in_features in (
-            ("attention.query_key_value", 3 * hidden, hidden),
-            ("attention.dense", hidden, hidden),
-            ("mlp.dense_h_to_4h", inner, hidden),
-            ("mlp.dense_4h_to_h", hidden, inner),
-        ):
-            shapes[layer + module + ".weight"] = (out_features, in_features)
-            shapes[layer + module + ".bias"] = (out_features,)
-        for module in ("input_layernorm", "post_attention_layernorm"):
-            shapes[layer + module + ".weight"] = shapes[layer + module + ".bias"] = (hidden,)
-    shapes["transformer.final_layernorm.weight"] = shapes["transformer.final_layernorm.bias"] = (hidden,)
-    shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
-
-
 def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-    for name, shape in expected_shapes(config).items():
+    for name, shape in configs.expected_shapes(config).items():
         if name not in tensors:
             raise WorkbookError(
                 f"{directory} holds no tensor {name!r}, which config.json calls for: a shard is missing or belongs to "
@@ -192,6 +131,21 @@ def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
                 f"{tensors[name].file}: {name!r} has shape {tensors[name].shape}, config.json calls for {shape}: "
                 "configuration and weights belong to different checkpoints."
             )
+
+
+def shares_vocabulary(checkpoint: Checkpoint) -> bool:
+    """Whether lm_head equals the embedding, as upstream stores it: TensorRT keeps equal ones once. Reads 64 samples."""
+    first, second = (checkpoint.tensors[f"{name}.weight"] for name in ("transformer.word_embeddings", "lm_head"))
+    if first.offset is None or second.offset is None or first.dtype != second.dtype:
+        return False
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        for part in range(64):
+            place = first.nbytes * part // 64
+            one.seek(first.offset + place)
+            other.seek(second.offset + place)
+            if one.read(4096) != other.read(4096):
+                return False
+    return True
 
 
 def code_sha256(path: Path) -> str:

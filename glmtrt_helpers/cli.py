@@ -4,9 +4,7 @@ Each command prints a short table and exits with 0 only if its work is done and 
 standard error and exit code 1.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ import typer
 from rich.console import Console
 
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.progress import bytes_bar, phase_bars, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -34,11 +33,21 @@ def main() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="predict what an engine of this checkpoint takes")] = None,
+    batch: Annotated[int, typer.Option(help="rows, for --model")] = 1,
+    length: Annotated[int, typer.Option(help="prompt and answer together, for --model")] = 2048,
+    dtype: Dtype = "fp16",
+) -> None:
     """Say what this machine has and which parts of the workbook run on it."""
+    from glmtrt_helpers import checkpoints
     from glmtrt_helpers import doctor as checks
     from glmtrt_helpers.pictures import print_table
 
+    if model:
+        checkpoint = checkpoints.open_checkpoint(model)
+        print_table(["part", "size", "note"], checks.model_report(checkpoint, batch, length, dtype), str(model))
+        return
     print_table(["what", "found", "so"], checks.report())
     print_table(["part", "small checkpoint", "real checkpoint (6.7 billion)"], checks.parts())
 
@@ -46,15 +55,22 @@ def doctor() -> None:
 @app.command()
 def standin(
     directory: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
+    size: Annotated[str, typer.Option(help="tiny, which is trained; 300m or 6b: random, for measuring")] = "tiny",
+    weights: Annotated[str, typer.Option("--format", help="of random weights: safetensors or bin")] = "safetensors",
     seed: Annotated[int, typer.Option(help="seed of weights and order")] = 0,
 ) -> None:
-    """Train the small stand-in checkpoint on its corpus, a few minutes on two cores."""
+    """Train the small stand-in on its corpus, two minutes on two cores, or write random weights of a larger size."""
     from glmtrt_helpers.pictures import print_table
-    from glmtrt_helpers.standin import train
+    from glmtrt_helpers.standin import sized, train
 
+    if size != "tiny":
+        with bytes_bar("random weights") as show:
+            sized.write_random(directory, size, weights=weights, seed=seed, progress=show)
+        print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
+        return
     margins = train.build_standin(directory, seed=seed)
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    rows = [("answers learned", len(train.load_corpus())), ("bytes", size)]
+    written = sum(file.stat().st_size for file in directory.iterdir())
+    rows = [("answers learned", len(train.load_corpus())), ("bytes", written)]
     print_table(["what", "value"], [*rows, *((f"lowest margin, {name}", value) for name, value in margins.items())])
 
 
@@ -76,8 +92,14 @@ def inputs(
     directory: Directory,
     prompt: Annotated[str, typer.Option(help="what to ask while recording")] = "你好",
     max_new: Annotated[int, typer.Option(help="at most so many answer tokens")] = 32,
+    layers: Annotated[int | None, typer.Option(help="run only the first layers; 2 of a large checkpoint")] = None,
 ) -> None:
-    """Record what forward is called with during a chat; writes inputs.json."""
+    """Record what forward is called with during a chat; writes inputs.json.
+
+    Shapes, positions and masks do not depend on how many layers there are, so two of the real one tell them all.
+    """
+    import torch
+
     from glmtrt_helpers import checkpoints, feeds, runtime
     from glmtrt_helpers import inputs as recorder
     from glmtrt_helpers.pictures import print_table
@@ -85,15 +107,20 @@ def inputs(
     checkpoint = checkpoints.open_checkpoint(directory)
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     ids = feeds.chat_prompt(tokenizer, prompt)
-    session = runtime.TorchSession(checkpoints.load_model(checkpoint))
+    part = checkpoint.first_layers(layers or (2 if checkpoint.is_large else checkpoint.num_layers))
+    dtype = torch.float16 if checkpoint.is_large else torch.float32  # in fp16 the weights are mapped, not held
+    session = runtime.TorchSession(checkpoints.load_model(part, dtype))
     with recorder.record(session.model) as calls:
-        answer = runtime.greedy(session, checkpoint, ids, max_length=len(ids) + max_new)
+        answer = runtime.greedy(session, part, ids, max_length=len(ids) + max_new)
     path = recorder.save_record(checkpoint, calls)
     names = ["input_ids", "position_ids", "attention_mask", "past_key_values.0.key"]
     print_table(
         ["call", *names], [(c.kind, *(str(tuple(c.shapes[n])) for n in names)) for c in (*calls[:3], calls[-1])]
     )
     print(f"{tokenizer.decode(answer)}\n{len(calls)} calls recorded in {path}", file=sys.stderr)
+    if part.num_layers < checkpoint.num_layers:
+        print(f"Run with the first {part.num_layers} of {checkpoint.num_layers} layers: the words mean nothing, the "
+              "shapes are those of all.", file=sys.stderr)  # fmt: skip
 
 
 @app.command()
@@ -136,14 +163,10 @@ def export(
     from glmtrt_helpers.pictures import print_table
 
     checkpoint = checkpoints.open_checkpoint(directory)
-    done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=_say)
+    done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)
     columns = ["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"]
     nodes = sum(done.nodes.values())
     print_table(columns, [(str(done.path), done.file_bytes, done.referred_bytes, nodes, done.seconds)])
-
-
-def _say(phase: str) -> None:
-    print(f"{phase} ...", file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -160,11 +183,16 @@ def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None
 
 
 @app.command()
-def verify(directory: Directory, dtype: Dtype = "fp16") -> None:
+def verify(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this")] = None,
+) -> None:
     """Compare the export with PyTorch at shapes it was not exported with; exit 1 beyond the tolerance."""
     from glmtrt_helpers import checkpoints, verification
 
-    result = verification.verify(checkpoints.open_checkpoint(directory), dtype)
+    chosen = [one for one in verification.CASES if not case or any(part in one.name for part in case)]
+    result = verification.verify(checkpoints.open_checkpoint(directory), dtype, chosen, progress=say)
     Console().print(result)
     for problem in result.problems:
         print(f"glmtrt: {problem}", file=sys.stderr)
@@ -195,7 +223,7 @@ def build(
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
     ranges = [Range.parse(text, what) if text else None for what, text in texts.items()]
     options = engines.BuildOptions(tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32)
-    with _build_progress() as progress:
+    with phase_bars() as progress:
         report = engines.build_engine(
             checkpoint, dtype, chat_profiles(checkpoint, *ranges), options=options, package=package, progress=progress
         )
@@ -205,23 +233,6 @@ def build(
         columns = ["input", "dtype", "shape", "min", "opt", "max"]
         print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], f"profile {profile.name}")
     print_table(["written", "bytes", "seconds"], [(str(report.plan), report.info.plan_bytes, report.info.seconds)])
-
-
-@contextlib.contextmanager
-def _build_progress() -> Iterator[Any]:
-    """One bar for each phase that TensorRT reports, while it lasts."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, visible=done < total)
-
-        yield progress
 
 
 @app.command()
@@ -258,6 +269,29 @@ def chat(
             terminal.converse(talk)
     finally:
         session.close()
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def memory(
+    directory: Directory,
+    output: Annotated[Path | None, typer.Option(help="keep the measurement as JSON")] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="only these: inputs, patch, export, build, verify")] = None,
+) -> None:
+    """Memory, seconds and disk of each step on a working copy, each in a process of its own; outputs are made anew."""
+    from glmtrt_helpers import bench as benchmarks
+    from glmtrt_helpers.pictures import print_table
+
+    rows = benchmarks.memory(directory, phase or benchmarks.PHASES, say)
+    columns = ["phase", "seconds", "peak anonymous, GB", "peak file-backed, GB", "added on disk, MB"]
+    figures = [(r.phase, round(r.seconds, 1), *(round(n / 1e9, 2) for n in (r.peak_anonymous, r.peak_mapped)),
+                round(r.added / 1e6, 1)) for r in rows]  # fmt: skip
+    print_table(columns, figures)
+    if output:
+        benchmarks.save_memory(output, directory, rows)
 
 
 @app.command()

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import psutil
 
+from glmtrt_helpers.checkpoints import Checkpoint, shares_vocabulary
 from glmtrt_helpers.packages import gpus, verdict, version
+from glmtrt_helpers.profiles import Range, chat_profiles, predict_build, predict_memory
+
+CONTEXT_BYTES = 600_000_000  # CUDA's own share of a card, seen on an H200
 
 
 def report(directory: Path | None = None) -> list[tuple[str, str, str]]:
@@ -59,6 +63,37 @@ def parts(gpu_memory: int = 0) -> list[tuple[str, str, str]]:
         ("05 build", "yes", verdict(16, 28)),
         ("06 chat, on the CPU", "yes", verdict(16, 14)),
     ]
+
+
+def model_report(checkpoint: Checkpoint, batch: int, length: int, dtype: str = "fp16") -> list[tuple[str, str, str]]:
+    """Rows (part, size, so) on what an engine of this checkpoint takes on a GPU, and which cards hold it."""
+    prompt, past = Range(1, 1, length - 1), Range(1, 1, length - 1)
+    memory = predict_memory(checkpoint, chat_profiles(checkpoint, Range(1, 1, batch), prompt, past), dtype)
+    per_token = memory.cache // (batch * length)
+    build, disk = predict_build(checkpoint, dtype)
+    shared = ", one vocabulary matrix for both ends" if shares_vocabulary(checkpoint) else ""
+    rows = [
+        ("weights", _gb(memory.weights), f"{dtype}{shared}"),
+        ("cache", _gb(memory.cache), f"{per_token:,} bytes a token, past and present, {batch} x {length} tokens"),
+        ("inputs and logits", _gb(memory.io), "logits of every position of the prompt"),
+        ("activations", _gb(memory.activations), "at the largest prompt"),
+        ("on the GPU in all", _gb(memory.total), "and 0.5 GB or so that CUDA itself takes"),
+    ]
+    for size in (8, 12, 16, 24, 32, 48, 80):
+        if memory.total + CONTEXT_BYTES < size * 2**30:
+            rows.append(("smallest card", f"{size} GB", f"{_gb(size * 2**30 - memory.total - CONTEXT_BYTES)} to spare"))
+            break
+    for gpu in gpus():
+        fits = (
+            "holds it" if memory.total + CONTEXT_BYTES < gpu.memory else "does not hold it: lower --batch or --length"
+        )
+        rows.append(("this GPU", _gb(gpu.memory), f"{gpu.name} {fits}"))
+    rows.append(("to build it", _gb(build), f"of memory, and {_gb(disk)} of disk; no GPU"))
+    return rows
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
 
 
 def _providers() -> str:

@@ -127,7 +127,7 @@ def layer_errors(
     marked = path.with_name(path.stem + ".layers.onnx")
     try:
         points = mark_layers(path, marked, checkpoint.num_layers)
-        session = session or runtime.OrtSession(marked, optimize=False)
+        session = session or runtime.plain_session(checkpoint, marked)
     finally:
         marked.unlink(missing_ok=True)
     fitted, why = fit(case, checkpoint.max_length)

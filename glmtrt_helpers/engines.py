@@ -6,11 +6,14 @@ is made. Precision is the graph's own: the network is strongly typed.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from glmtrt_helpers import packages, plans
 from glmtrt_helpers.callbacks import interruptible, make_log, make_monitor, make_writer
@@ -21,7 +24,7 @@ from glmtrt_helpers.export import onnx_path as exported_path
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.packages import Package
 from glmtrt_helpers.plans import PlanInfo, Tensor
-from glmtrt_helpers.profiles import Profile, Range, chat_profiles
+from glmtrt_helpers.profiles import Profile, Range, chat_profiles, predict_build
 from glmtrt_helpers.references import LAYER_CASE, Case
 from glmtrt_helpers.scopes import load_graph
 from glmtrt_helpers.tensorrt_session import TensorRTSession
@@ -87,6 +90,7 @@ def build_engine(
     source = onnx_path or exported_path(checkpoint, dtype)
     load_graph(source)
     profiles = list(profiles or chat_profiles(checkpoint))
+    check_room(checkpoint, dtype, source.with_suffix(".plan"))
     started = time.perf_counter()
     trt = chosen.module
     log = make_log(trt)
@@ -96,7 +100,7 @@ def build_engine(
     monitor = make_monitor(trt, progress)
     config.progress_monitor = monitor
     _apply(trt, config, options)
-    shapes = _add_profiles(builder, network, config, profiles, checkpoint)
+    shapes = add_profiles(builder, network, config, profiles, checkpoint)
     plan = source.with_suffix(".plan")
     with replacing(plan) as temporary:
         with temporary.open("wb") as stream:
@@ -114,6 +118,32 @@ def build_engine(
     plans.write_info(plan, info)
     del parser  # it owns the mapped weights until here
     return BuildReport(plan, info, chosen, monitor.phases)
+
+
+def check_room(checkpoint: Checkpoint, dtype: str, plan: Path) -> None:
+    """Refuse a build that this machine has no memory or no disk for, before it has taken any."""
+    memory, disk = predict_build(checkpoint, dtype)
+    if memory > free_memory():
+        lower = f" `--dtype fp16` needs {predict_build(checkpoint, 'fp16')[0] / 1e9:.1f}." if dtype == "fp32" else ""
+        raise WorkbookError(
+            f"building {plan.name} needs {memory / 1e9:.1f} GB of memory, and {free_memory() / 1e9:.1f} are free, swap "
+            f"counted: end what takes it, or add swap.{lower}"
+        )
+    free = shutil.disk_usage(plan.parent).free
+    if disk > free:
+        raise WorkbookError(
+            f"{plan} will take {disk / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} free: make room, or remove an "
+            "older plan; it is replaced only when the new one is whole."
+        )
+
+
+def free_memory() -> int:
+    """Bytes that can still be taken, swap counted, and no more than the container's limit leaves."""
+    free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def check_options(options: BuildOptions, package: Package) -> None:
@@ -162,7 +192,7 @@ def _apply(trt: Any, config: Any, options: BuildOptions) -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
 
 
-def _add_profiles(
+def add_profiles(
     builder: Any, network: Any, config: Any, profiles: Sequence[Profile], checkpoint: Checkpoint
 ) -> dict[str, list[list[list[int]]]]:
     """Give the builder its profiles; returns, by input, what was set."""

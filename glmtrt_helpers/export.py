@@ -198,6 +198,20 @@ def _trace_torchscript(
             "whose limit is 2 GB: use dynamo for this checkpoint."
         )
     model = checkpoints.load_model(checkpoint, dtype)
+    buffer = io.BytesIO()
+    torchscript_export(model, checkpoint, dtype, opset, example, buffer)
+    return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+
+
+def torchscript_export(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    opset: int,
+    example: tuple[int, int, int],
+    target: Any,
+) -> None:
+    """Run the model once on real weights and write down what happened; target: a path or a binary stream."""
     names_in, names_out = inputs.input_names(checkpoint.num_layers), inputs.output_names(checkpoint.num_layers)
     axes: dict[str, dict[int, str]] = {
         "input_ids": {0: "batch", 1: "sequence"},
@@ -207,11 +221,10 @@ def _trace_torchscript(
     }
     axes |= {name: {0: "past", 1: "batch"} for name in names_in[3:]}
     axes |= {name: {0: "total", 1: "batch"} for name in names_out[1:]}
-    buffer = io.BytesIO()
     torch.onnx.export(
         model,
         kwargs=inputs.forward_kwargs(inputs.example_inputs(checkpoint, *example, dtype=dtype)),
-        f=buffer,  # type: ignore[arg-type]
+        f=target,
         dynamo=False,
         do_constant_folding=False,  # it would fold transposed copies of the weights
         opset_version=opset,
@@ -219,7 +232,6 @@ def _trace_torchscript(
         output_names=names_out,
         dynamic_axes=axes,
     )
-    return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
 
 
 def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:

@@ -15,7 +15,8 @@ from onnx import helper, shape_inference
 from rich.table import Table
 
 from glmtrt_helpers import inputs
-from glmtrt_helpers.checkpoints import Checkpoint, expected_shapes
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.configs import expected_shapes
 from glmtrt_helpers.drawing import draw_attention
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.scopes import DATA, GraphIndex, load_graph

@@ -9,7 +9,7 @@ in fp16, and all that is left between the two is the noise of the arithmetic.
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from glmtrt_helpers import checkpoints, inputs, runtime
+from glmtrt_helpers import inputs, runtime, streaming
 from glmtrt_helpers.checkpoints import Checkpoint
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -101,15 +101,20 @@ class Reference:
 
 
 def references(
-    checkpoint: Checkpoint, dtype: str, cases: Sequence[Case], points: Sequence[Point] = ()
+    checkpoint: Checkpoint,
+    dtype: str,
+    cases: Sequence[Case],
+    points: Sequence[Point] = (),
+    progress: Callable[[str], None] = lambda phase: None,
 ) -> list[Reference]:
     """Inputs in dtype and fp32 outputs of every case, those at `points` among them.
 
-    One model is in memory at a time: of the real checkpoint fp32 takes 27 GB, fp16 stays mapped from the shards.
+    One model is in memory at a time: fp16 stays mapped from the shards, fp32 of a large one is streamed by layers.
     """
     session = _source_session(checkpoint, torch.float32, rotary=DTYPES[dtype], points=points)
     ready = []
     for case in cases:
+        progress(f"PyTorch fp32: {case.name}")
         flat = case_inputs(checkpoint, case, session, DTYPES[dtype])
         ready.append(Reference(case, flat, run_tensors(session, _cast(flat, torch.float32)), {}))
     if dtype == "fp32":
@@ -117,6 +122,7 @@ def references(
     del session
     gc.collect()  # modules hold each other in cycles; 27 GB should not wait for the collector's leisure
     session = _source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
+    progress("PyTorch fp16")
     return [replace(one, own_errors=_own_errors(one, run_tensors(session, one.flat))) for one in ready]
 
 
@@ -179,7 +185,7 @@ def _source_session(
     checkpoint: Checkpoint, dtype: torch.dtype, rotary: torch.dtype, points: Sequence[Point]
 ) -> _TracedSession:
     """The source as it came, in dtype, with the rotary tables that it computes in the dtype `rotary`."""
-    model = checkpoints.load_model(checkpoint, dtype, code=checkpoint.pristine_code)
+    model = streaming.load_bounded(checkpoint, dtype, code=checkpoint.pristine_code)
     for module in model.modules():
         # The source builds positions, angles and tables in inv_freq's dtype.
         if isinstance(getattr(module, "inv_freq", None), torch.Tensor):

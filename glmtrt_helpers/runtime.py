@@ -8,6 +8,7 @@ and only the scores of the next token come back. `tensorrt` is in `tensorrt_sess
 from __future__ import annotations
 
 import importlib.util
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class OrtSession(Session):
         options.log_severity_level = 4  # errors are raised, not printed as well
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what a run took goes back at its end
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -145,18 +147,49 @@ class OrtSession(Session):
         return dict(zip(self.output_names, outputs, strict=True))
 
 
+class SlicedOrtSession(OrtSession):
+    """ONNX Runtime over slices of the graph at `path`: some seconds a call, and a fraction of the memory."""
+
+    def __init__(self, path: str | Path, *, extra_outputs: Sequence[str] = (), slice_bytes: int | None = None):
+        from glmtrt_helpers import scopes, slicing
+
+        super().__init__(path, optimize=False, extra_outputs=extra_outputs)
+        self._slices: list[OrtSession] = []
+        for number, part in enumerate(slicing.cut(scopes.load_graph(path), slice_bytes or slicing.SLICE_BYTES)):
+            file = Path(path).with_name(f".{Path(path).stem}.{os.getpid()}.{number}.onnx")  # beside the weights
+            try:
+                file.write_bytes(part.SerializeToString())
+                self._slices.append(OrtSession(file, optimize=False))
+            finally:
+                file.unlink(missing_ok=True)
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        known = {name: np.ascontiguousarray(flat[name]) for name in self.inputs}
+        for number, part in enumerate(self._slices):
+            known |= part.run(known)
+            needed = {*self.output_names, *(name for later in self._slices[number + 1 :] for name in later.inputs)}
+            known = {name: array for name, array in known.items() if name in needed}
+        return {name: known[name] for name in self.output_names}
+
+
+def plain_session(checkpoint: Checkpoint, path: str | Path) -> OrtSession:
+    """ONNX Runtime over the graph as it is written, in memory that a laptop has."""
+    return SlicedOrtSession(path) if checkpoint.is_large else OrtSession(path, optimize=False)
+
+
 def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> Session:
     """The session of a backend by name, over the files that the notebooks before left in the working copy.
 
     torch runs the source in fp32 where dtype is fp32, ort the exported graph, tensorrt the engine of dtype.
     """
     if backend == "torch":
-        from glmtrt_helpers import checkpoints
+        from glmtrt_helpers import streaming
         from glmtrt_helpers.export import DTYPES
 
-        return TorchSession(checkpoints.load_model(checkpoint, DTYPES[dtype]))
+        return TorchSession(streaming.load_bounded(checkpoint, DTYPES[dtype]))
     if backend == "ort":
-        return OrtSession(checkpoint.directory / f"model.{dtype}.onnx")
+        path = checkpoint.directory / f"model.{dtype}.onnx"
+        return plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path)
     if backend == "tensorrt":
         from glmtrt_helpers.tensorrt_session import TensorRTSession
 

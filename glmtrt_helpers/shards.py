@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,24 +172,28 @@ def _is_whole(target: Path, expected: Mapping[str, StoredTensor]) -> bool:
 def _stream_shard(
     state: Mapping[str, torch.Tensor], names: list[str], stored: Mapping[str, StoredTensor], target: Path
 ) -> None:
-    """Write one shard by hand (8 bytes of length, a JSON header, the data): the library cannot stream."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        tensor = stored[name]
-        if tensor.dtype not in _BIN_DTYPES.values():
-            raise WorkbookError(f"{tensor.file}: {name!r} is {tensor.dtype}, only fp16, bf16 and fp32 are exported.")
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Write one shard tensor by tensor, which the library cannot."""
     import torch
 
+    for name in names:
+        if stored[name].dtype not in _BIN_DTYPES.values():
+            raise WorkbookError(
+                f"{stored[name].file}: {name!r} is {stored[name].dtype}, only fp16, bf16 and fp32 are exported."
+            )
+    header = safetensors_header({name: (stored[name].dtype, stored[name].shape, stored[name].nbytes) for name in names})
     with replacing(target) as temporary, temporary.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(header)
         for name in names:
             stream.write(state[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def safetensors_header(entries: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+    """How a shard begins: 8 bytes of length and JSON. entries: dtype, shape and bytes of each tensor, in order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape, nbytes) in entries.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

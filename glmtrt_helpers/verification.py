@@ -4,7 +4,7 @@
 next. What is right, and how far from it is still right, is said in `glmtrt_helpers/references.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from glmtrt_helpers import checkpoints, export, graphs, runtime
+from glmtrt_helpers import checkpoints, configs, export, graphs, runtime
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.references import (
@@ -82,6 +82,7 @@ def verify(
     cases: Sequence[Case] = CASES,
     onnx_path: str | Path | None = None,
     session: runtime.Session | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
 ) -> Verification:
     """Compare the exported graph with PyTorch at every case: logits and all presents.
 
@@ -98,9 +99,10 @@ def verify(
             result.skipped.append((case, why))
         else:
             fitting.append((fitted, why))
-    ready = references(checkpoint, dtype, [case for case, _ in fitting])
-    session = session or runtime.OrtSession(path, optimize=False)  # weights stay mapped, the graph as it is written
+    ready = references(checkpoint, dtype, [case for case, _ in fitting], progress=progress)
+    session = session or runtime.plain_session(checkpoint, path)
     for one, (_, why) in zip(ready, fitting, strict=True):
+        progress(f"{path.name}: {one.case.name}")
         row = _compare(one, session, session.arithmetic or dtype)
         result.rows.append(replace(row, note="; ".join(filter(None, (row.note, why)))))
     return result
@@ -122,7 +124,7 @@ def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | N
             f"patched or replaced since: run notebook 03_export_onnx or `glmtrt export {checkpoint.directory}` again."
         )
     layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
-    shapes = checkpoints.expected_shapes(checkpoint.config)
+    shapes = configs.expected_shapes(checkpoint.config)
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
     if layers != checkpoint.num_layers or other:
         what = f"the shape of {other[0]} differs" if other else f"{layers} layers for {checkpoint.num_layers}"

@@ -1,8 +1,9 @@
 """Write a checkpoint directory as upstream lays one out: configuration, remote code, tokenizer, sharded weights."""
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from glmtrt_helpers.checkpoints import expected_shapes
+from glmtrt_helpers.configs import expected_shapes
 from glmtrt_helpers.tokenizer import SPECIAL_TOKENS, complete_model
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -67,6 +68,12 @@ def write_checkpoint(
 
     tokenizer: plain pieces only; special tokens, white space and bytes are appended here.
     """
+    write_files(directory, config, tokenizer)
+    _write_shards(directory, _with_inv_freq(config, weights), num_shards)
+
+
+def write_files(directory: Path, config: Mapping[str, Any], tokenizer: sentencepiece_model_pb2.ModelProto) -> None:
+    """Write all files of a checkpoint but its weights."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in TEMPLATE.glob("*.py"):
         shutil.copyfile(file, directory / file.name)
@@ -89,31 +96,49 @@ def write_checkpoint(
             "tokenizer_class": "ChatGLMTokenizer",
         },
     )
-    _write_shards(directory, _with_inv_freq(config, weights), num_shards)
+
+
+def inv_freq(rotary: int) -> torch.Tensor:
+    """What upstream stores for one layer, fp16 (rotary / 2,); rotary: the half of a head that one position turns."""
+    return (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()
+
+
+def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that is stored: the weights, and inv_freq of every layer."""
+    rotary = config["hidden_size"] // config["num_attention_heads"] // 2
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in expected_shapes(config).items():
+        shapes[name] = shape
+        if name.endswith("query_key_value.weight"):
+            shapes[name.replace("query_key_value.weight", "rotary_emb.inv_freq")] = (rotary // 2,)
+    return shapes
 
 
 def _with_inv_freq(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    rotary = config["hidden_size"] // config["num_attention_heads"] // 2
-    inv_freq = (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()
     stored = {name: tensor.contiguous() for name, tensor in weights.items()}
-    for i in range(config["num_layers"]):
-        stored[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = inv_freq.clone()
-    return stored
+    extra = {name: inv_freq(2 * shape[0]) for name, shape in stored_shapes(config).items() if name not in stored}
+    return stored | extra
+
+
+def split(shapes: Mapping[str, Sequence[int]], num_shards: int) -> list[list[str]]:
+    """Names of the tensors of each shard: in their order, and about equal in size."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    parts: list[list[str]] = [[] for _ in range(num_shards)]
+    before = 0
+    for name, shape in shapes.items():
+        middle = before + math.prod(shape) // 2
+        parts[min(num_shards - 1, middle * num_shards // total)].append(name)
+        before += math.prod(shape)
+    return parts
 
 
 def _write_shards(directory: Path, weights: Mapping[str, torch.Tensor], num_shards: int) -> None:
-    """Fill shards in the order of the names, about equal in size, and write the index."""
-    total = sum(tensor.nbytes for tensor in weights.values())
-    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(num_shards)]
-    written = 0
-    for name, tensor in weights.items():
-        shards[min(num_shards - 1, written * num_shards // total)][name] = tensor
-        written += tensor.nbytes
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, names in enumerate(split({name: t.shape for name, t in weights.items()}, num_shards), 1):
         file = f"model-{number:05}-of-{num_shards:05}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+        save_file({name: weights[name] for name in names}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(directory / "model.safetensors.index.json", index)
 

@@ -1,0 +1,88 @@
+"""`glmtrt bench`: what the steps take on this machine, each measured from outside, in a process of its own."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from glmtrt_helpers import checkpoints, packages
+from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import replacing
+from glmtrt_helpers.usage import GLMTRT, measure
+
+# Phase, arguments of glmtrt; all of them work on the working copy.
+PHASES = ("inputs", "patch", "export", "build", "verify")
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "tensorrt")
+_CONVERT = "import pathlib, sys; from glmtrt_helpers import shards; shards.to_safetensors(pathlib.Path(sys.argv[1]))"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase. Bytes; added: what the working copy's folder gained, an earlier output replaced counts nothing."""
+
+    phase: str
+    seconds: float
+    peak_anonymous: int
+    peak_mapped: int
+    added: int
+
+
+def memory(
+    directory: Path, phases: Sequence[str] = PHASES, progress: Callable[[str], None] = lambda phase: None
+) -> list[Row]:
+    """Run the phases one after the other on a working copy and measure each. Earlier outputs are made anew.
+
+    `.bin` shards are converted first, as a phase of its own. Raises WorkbookError with a phase's own last words.
+    """
+    checkpoint = checkpoints.open_checkpoint(directory)
+    commands: list[tuple[str, list[str]]] = [(phase, [*GLMTRT, phase, str(directory)]) for phase in phases]
+    if not checkpoint.is_safetensors:
+        commands.insert(0, ("bin to safetensors", [sys.executable, "-c", _CONVERT, str(directory)]))
+    for name in ("model.fp16.onnx", "model.fp16.plan", "model.fp16.plan.json"):
+        if any(phase in phases for phase in ("export", "build")):
+            (directory / name).unlink(missing_ok=True)
+    rows = []
+    for phase, command in commands:
+        progress(phase)
+        usage = measure(command, directory)
+        if usage.returncode != 0:
+            said = (usage.errors.strip() or usage.output.strip()).splitlines()
+            raise WorkbookError(f"the phase {phase!r} failed: {said[-1] if said else 'it said nothing'}")
+        rows.append(Row(phase, usage.seconds, usage.peak_anonymous, usage.peak_mapped, usage.added or 0))
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on and with: cores, memory, GPU, versions, date."""
+    cards = packages.gpus()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpu": cards[0].name if cards else None,
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := packages.version(name))},
+    }
+
+
+def save_memory(path: Path, directory: Path, rows: Sequence[Row]) -> None:
+    """Keep a measurement, with what it was made on."""
+    checkpoint = checkpoints.open_checkpoint(directory)
+    entry = {
+        "command": f"glmtrt bench memory models/run/{checkpoint.name}",
+        **machine(),
+        "layers": checkpoint.num_layers,
+        "weights_bytes": checkpoint.weight_bytes,
+        "rows": [asdict(row) for row in rows],
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")

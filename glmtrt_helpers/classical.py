@@ -1,0 +1,57 @@
+"""Export and build as the scripts of 2023 did, for comparison: every step holds the weights, some hold them twice.
+
+python -m glmtrt_helpers.classical export|build DIR OUTPUT
+"""
+
+import sys
+from pathlib import Path
+
+GRAPH, PLAN = "classical.onnx", "classical.plan"
+
+
+def _say(phase: str) -> None:
+    print(f"{phase} ...", file=sys.stderr, flush=True)
+
+
+def export(directory: Path, output: Path) -> None:
+    """Load all weights, trace the model with them, and write them into the model's own file."""
+    import torch
+
+    from glmtrt_helpers import checkpoints
+    from glmtrt_helpers import export as exporting
+
+    _say("loading the weights")
+    checkpoint = checkpoints.open_checkpoint(directory)
+    model = checkpoints.load_model(checkpoint, torch.float16)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    _say("tracing")
+    with exporting.quiet():
+        exporting.torchscript_export(model, checkpoint, torch.float16, 17, exporting.EXAMPLE, str(output / GRAPH))
+
+
+def build(directory: Path, output: Path) -> None:
+    """Read the whole file, parse it from memory, and hold the plan before it is written."""
+    from glmtrt_helpers import checkpoints, engines, packages, profiles
+    from glmtrt_helpers.callbacks import make_log
+
+    checkpoint = checkpoints.open_checkpoint(directory)
+    trt = packages.choose(building=True).module
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    _say("reading the file")
+    data = (output / GRAPH).read_bytes()
+    _say("parsing")
+    if not parser.parse(data):
+        raise SystemExit(parser.get_error(0).desc())
+    config = builder.create_builder_config()
+    engines.add_profiles(builder, network, config, profiles.chat_profiles(checkpoint), checkpoint)
+    _say("building")
+    plan = builder.build_serialized_network(network, config)
+    _say("writing")
+    (output / PLAN).write_bytes(plan)
+
+
+if __name__ == "__main__":
+    {"export": export, "build": build}[sys.argv[1]](*map(Path, sys.argv[2:4]))

@@ -1,0 +1,43 @@
+"""Progress on standard error: bars on a terminal, a line for each phase in a log or where `usage` watches."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+
+def say(phase: str) -> None:
+    """One line that names what begins now."""
+    print(f"{phase} ...", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bytes_bar(title: str) -> Iterator[Any]:
+    """A bar of bytes done and to do, on standard error."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def phase_bars() -> Iterator[Any]:
+    """One bar for each phase that TensorRT reports, while it lasts; a line for each where nobody sees bars."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks and not bars.console.is_terminal:
+                say(phase)
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, visible=done < total)
+
+        yield progress
