@@ -131,6 +131,11 @@ def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
                 f"{tensors[name].file}: {name!r} has shape {tensors[name].shape}, config.json calls for {shape}: "
                 "configuration and weights belong to different checkpoints."
             )
+        if tensors[name].dtype not in shards.FLOATS:
+            raise WorkbookError(
+                f"{tensors[name].file}: {name!r} is {tensors[name].dtype}, and a weight of this model is one of "
+                f"{', '.join(shards.FLOATS)}: download that shard again, or take a checkpoint that is not quantised."
+            )
 
 
 def shares_vocabulary(checkpoint: Checkpoint) -> bool:
@@ -227,7 +232,10 @@ def working_copy(source: str | Path, runs: str | Path | None = None) -> Path:
         return source
     open_checkpoint(source)
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    if any(file.suffix == ".bin" and not _is_current(file.resolve(), target / file.name) for file in files):
+        _forget_streamed(source, target)
+    for file in files:
         real, copy = file.resolve(), target / file.name
         if real.stat().st_size >= LINK_BYTES:
             _link(real, copy)
@@ -238,6 +246,19 @@ def working_copy(source: str | Path, runs: str | Path | None = None) -> Path:
         elif not copy.exists() or copy.read_bytes() != real.read_bytes():
             _copy(real, copy)
     return target
+
+
+def _is_current(real: Path, copy: Path) -> bool:
+    if not copy.exists() or copy.samefile(real):
+        return copy.exists()
+    return real.stat().st_size < LINK_BYTES and copy.read_bytes() == real.read_bytes()
+
+
+def _forget_streamed(source: Path, target: Path) -> None:
+    """Remove what was streamed from older `.bin` shards; the index first, without it they count."""
+    for file in sorted(target.glob("model*.safetensors*"), reverse=True):
+        if not (source / file.name).exists():
+            file.unlink()
 
 
 def _copy(file: Path, copy: Path) -> None:

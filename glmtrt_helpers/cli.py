@@ -256,6 +256,8 @@ def chat(
 
     terminal.use_utf8()
     checkpoint = checkpoints.open_checkpoint(directory)
+    if checkpoint.is_random:
+        print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     if backend is None:
         backend, why = runtime.best_backend(checkpoint, dtype)

@@ -1,12 +1,15 @@
 """Write a file whole or not at all: under a temporary name beside it first, renamed when every byte is on the disk."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from glmtrt_helpers.errors import WorkbookError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
@@ -24,6 +27,12 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WorkbookError(
+            f"{path} could not be written ({error.strerror}): free room in {path.parent} and run this again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

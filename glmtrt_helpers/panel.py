@@ -95,6 +95,8 @@ class ChatPanel:
     def _greet(self) -> None:
         """Say on what it will answer, and why on nothing faster."""
         text = f"Answers come from {WHERE[self.backend.value]}."
+        if self.checkpoint.is_random:
+            text += " Its weights are random, for measuring: what it says means nothing."
         if "tensorrt" in self.missing:
             text += f" Not from TensorRT: {self.missing['tensorrt']}"
         self._say(text)

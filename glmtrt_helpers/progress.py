@@ -9,8 +9,8 @@ from rich.console import Console
 
 
 def say(phase: str) -> None:
-    """One line that names what begins now."""
-    print(f"{phase} ...", file=sys.stderr, flush=True)
+    """One line that names what begins now; it passes by whatever holds back the noise of exporters."""
+    print(f"{phase} ...", file=sys.__stderr__, flush=True)
 
 
 @contextlib.contextmanager

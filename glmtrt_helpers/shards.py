@@ -20,6 +20,12 @@ _LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+# Bytes of an element, by every name that safetensors has for whole bytes.
+_WIDTHS = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+FLOATS = ("F16", "BF16", "F32")
 _BIN_DTYPES = {"torch.float16": "F16", "torch.float32": "F32", "torch.bfloat16": "BF16"}
 
 
@@ -106,8 +112,8 @@ def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     elements = 1
     for size in shape:
         elements *= size
-    width = {"F16": 2, "BF16": 2, "F32": 4}.get(entry["dtype"])
-    if width and elements * width != end - begin:
+    width = _WIDTHS[entry["dtype"]]
+    if elements * width != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {entry['dtype']}")
     return StoredTensor(file, entry["dtype"], shape, data_start + begin, end - begin)
 

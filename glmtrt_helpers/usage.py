@@ -109,27 +109,29 @@ def disk_bytes(folder: Path) -> int:
 
 
 def plot_usage(usages: Mapping[str, Usage], weights: int, title: str = "") -> Figure:
-    """Memory over time of several commands, one below the other, in multiples of the weights (bytes)."""
+    """Memory over time of several commands, one below the other; the dotted line is the size of the weights (bytes)."""
     figure, axes = plt.subplots(
         len(usages), 1, figsize=(9, 0.4 + 2.1 * len(usages)), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, (name, usage) in zip(axes[:, 0], usages.items(), strict=True):
         seconds = [sample.seconds for sample in usage.samples]
-        anonymous = [sample.anonymous / weights for sample in usage.samples]
-        mapped = [sample.mapped / weights for sample in usage.samples]
-        axis.stackplot(seconds, anonymous, mapped, colors=[pictures.PREFILL, pictures.SEEN],
-                       labels=["anonymous", "file-backed"])  # fmt: skip
-        axis.axhline(1, color="#777777", linestyle=":", linewidth=1)
-        axis.set_title(f"{name}: at most {usage.peak_anonymous / weights:.2f} times the weights, anonymous", loc="left")
+        parts = [
+            [sample.anonymous / 1e9 for sample in usage.samples],
+            [sample.mapped / 1e9 for sample in usage.samples],
+        ]
+        axis.stackplot(seconds, parts, colors=[pictures.PREFILL, pictures.SEEN], labels=["anonymous", "file-backed"])
+        axis.axhline(weights / 1e9, color="#555555", linestyle=":", linewidth=1, label="the weights")
+        axis.set_title(f"{name}: at most {usage.peak_anonymous / 1e9:.2f} GB anonymous", loc="left")
         for number, (begin, phase) in enumerate(usage.phases):
             axis.axvline(begin, color=pictures.DECODE, linewidth=0.8)
             axis.annotate(phase, (begin, 0.97 - 0.11 * (number % 4)), xycoords=("data", "axes fraction"), fontsize=8,
                           xytext=(3, 0), textcoords="offset points", va="top", color="#8a4b08")  # fmt: skip
     axes[0, 0].set_ylim(0, 1.35 * axes[0, 0].get_ylim()[1])  # room for the names of the phases
+    axes[0, 0].set_xlim(0, 1.25 * max(usage.seconds for usage in usages.values()))
     axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right")
     axes[-1, 0].set_xlabel("seconds")
-    figure.supylabel("memory / weights", fontsize=10)
+    figure.supylabel("GB", fontsize=10)
     if title:
         figure.suptitle(title, fontsize=11)
     plt.close(figure)

@@ -6,18 +6,21 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from glmtrt_helpers import checkpoints, engines, export, patches, pictures
+from glmtrt_helpers import checkpoints, engines, export, packages, patches, pictures
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
+from glmtrt_helpers.standin import sized
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = "models/chatglm_tiny"
 # Set by `make workbook MODEL=...`; a path from the project's folder, or an absolute one.
 MODEL_VARIABLE = "GLMTRT_MODEL"
+SAVED = "Saved result, of the small checkpoint: without a GPU this one would take minutes for each word.\n"
 
 
 def start(*, create: bool = False) -> Checkpoint:
@@ -53,6 +56,15 @@ def scratch_engine(label: str) -> Checkpoint:
     export.export_model(checkpoint, "fp16")
     engines.build_engine(checkpoint, "fp16")
     return checkpoint
+
+
+def middle_checkpoint() -> Checkpoint:
+    """Random weights of 283 MB, patched: large enough to see in a process's memory where the weights are."""
+    directory = Path("build/scratch/chatglm_300m")
+    if not (directory / "model.safetensors.index.json").exists():  # it is written last
+        sized.write_random(directory, "300m")
+    patches.patch_checkpoint(directory)
+    return checkpoints.open_checkpoint(directory)
 
 
 def scratch_file(name: str) -> Path:
@@ -93,14 +105,29 @@ def notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def execute(notebook: Path, output: Path, timeout: int = 1200) -> None:
-    """Run one notebook from a clean kernel and write the executed copy; an error output is raised as WorkbookError."""
+def too_slow_to_talk(checkpoint: Checkpoint) -> bool:
+    """Whether text takes minutes here, so that cells tagged `generates` show what they gave on the small checkpoint."""
+    return checkpoint.is_large and not packages.gpus()
+
+
+def execute(notebook: Path, output: Path, timeout: int = 1200, *, talk: bool = True) -> None:
+    """Run one notebook from a clean kernel and write the executed copy; an error output is raised as WorkbookError.
+
+    talk: without it, cells tagged `generates` are not run; they keep their committed outputs, marked as such.
+    """
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
+    class Client(NotebookClient):
+        async def async_execute_cell(self, cell: Any, *args: Any, **options: Any) -> Any:
+            if talk or "generates" not in cell.metadata.get("tags", []):
+                return await super().async_execute_cell(cell, *args, **options)
+            cell.outputs.insert(0, nbformat.v4.new_output("stream", name="stdout", text=SAVED))
+            return cell
+
     content = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(
+    client = Client(
         content,
         timeout=timeout,
         kernel_name="python3",
@@ -122,11 +149,17 @@ def run_all(model: str, output: Path) -> None:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     os.environ[MODEL_VARIABLE] = model
+    checkpoint = checkpoints.open_checkpoint(ROOT / model)
+    talk = not too_slow_to_talk(checkpoint)
+    if checkpoint.is_random:
+        print(f"{model} holds random weights: for measuring, what it says means nothing.")
+    if not talk:
+        print("Cells that generate text show saved results, each marked: without a GPU a word would take minutes.")
     paths = notebooks()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         for number, path in enumerate(paths, 1):
             task = progress.add_task(f"{number}/{len(paths)} {path.stem}", total=1)
-            execute(path, output / path.name)
+            execute(path, output / path.name, talk=talk)
             progress.update(task, advance=1)
             if not sys.stdout.isatty():
                 print(f"{number}/{len(paths)} {path.stem} done", flush=True)

@@ -138,6 +138,22 @@ def test_bad_input_gets_one_line_and_no_traceback(arguments: tuple[object, ...],
     assert len(lines) == 1 and lines[0].startswith("glmtrt: ") and says in lines[0], done.stderr
 
 
+def test_doctor_predicts_what_a_model_takes() -> None:
+    done = glmtrt("doctor", "--model", TINY, "--batch", "4", "--length", "512")
+    assert done.returncode == 0, done.stderr
+    # Two buffers, 4 layers, key and value of 128 fp16 numbers.
+    assert f"{2 * 4 * 2 * 128 * 2:,} bytes a token" in done.stdout and "4 x 512" in done.stdout
+    assert "smallest card" in done.stdout and "to build it" in done.stdout
+
+
+def test_inputs_of_a_few_layers_say_so(tmp_path: Path) -> None:
+    directory = checkpoints.working_copy(TINY, tmp_path)
+    done = glmtrt("inputs", directory, "--layers", "2", "--max-new", "3")
+    assert done.returncode == 0 and "first 2 of 4 layers" in done.stderr
+    calls = inputs.load_record(checkpoints.open_checkpoint(directory))
+    assert [(call.sequence, call.past) for call in calls] == [(3, 0), (1, 3), (1, 4)]
+
+
 def test_doctor_names_this_machine() -> None:
     done = glmtrt("doctor")
     assert done.returncode == 0

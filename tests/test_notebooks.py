@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from glmtrt_helpers import workbook
+from glmtrt_helpers import checkpoints, packages, workbook
 
 NOTEBOOKS = workbook.notebooks()
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -119,6 +119,33 @@ def test_runs_and_says_what_was_committed(path: Path, monkeypatch: pytest.Monkey
             f"{path.name} prints something else now in the cell\n{committed.source}\n"
             f"--- committed\n{before}\n--- now\n{after}"
         )
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "generates" in p.read_text("utf-8")], ids=lambda p: p.stem)
+def test_where_text_takes_too_long_it_shows_saved_results_marked(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And no other cell needs one that was left out."""
+    monkeypatch.setenv(workbook.MODEL_VARIABLE, workbook.DEFAULT_MODEL)
+    workbook.execute(path, tmp_path / path.name, talk=False)
+    left_out = 0
+    for committed, fresh in zip(code_cells(read(path)), code_cells(read(tmp_path / path.name)), strict=True):
+        if "generates" in tags(committed):
+            left_out += 1
+            assert fresh.outputs[0].text == workbook.SAVED and fresh.outputs[1:] == committed.outputs
+        else:
+            assert workbook.SAVED not in text_outputs(fresh)
+    assert left_out
+
+
+def test_text_takes_too_long_on_a_large_checkpoint_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoints.open_checkpoint(ROOT / workbook.DEFAULT_MODEL)
+    monkeypatch.setattr(packages, "gpus", list)
+    assert not workbook.too_slow_to_talk(checkpoint)
+    monkeypatch.setattr(checkpoints, "LARGE_BYTES", 1000)
+    assert workbook.too_slow_to_talk(checkpoint)
+    monkeypatch.setattr(packages, "gpus", lambda: [packages.Gpu("a card", (9, 0), 10**11)])
+    assert not workbook.too_slow_to_talk(checkpoint)
 
 
 def test_a_failing_cell_fails_the_run(tmp_path: Path) -> None:
