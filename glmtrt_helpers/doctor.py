@@ -55,13 +55,13 @@ def parts(gpu_memory: int = 0) -> list[tuple[str, str, str]]:
 
     return [
         ("00 checkpoint", "yes", verdict(4, 14)),
-        ("01 forward inputs", "yes", verdict(16, 14)),
-        ("02 patch", "yes", verdict(4, 14)),
+        ("01 forward inputs", "yes", verdict(8, 14)),
+        ("02 patch", "yes", verdict(8, 14)),
         ("03 export", "yes", verdict(4, 14)),
         ("04 inspect", "yes", verdict(4, 14)),
-        ("04 verify", "yes", verdict(32, 14)),
-        ("05 build", "yes", verdict(16, 28)),
-        ("06 chat, on the CPU", "yes", verdict(16, 14)),
+        ("04 verify", "yes", verdict(8, 14)),
+        ("05 build", "yes", verdict(15, 27)),
+        ("06 chat, on the CPU", "yes", verdict(8, 14) + ", 4 seconds for each token"),
     ]
 
 
@@ -107,7 +107,7 @@ def _providers() -> str:
 
 def _memory_verdict(total: int) -> str:
     return (
-        "small checkpoint: 2 GiB; real one: 4 GiB to export, 32 GiB to verify whole"
+        "small checkpoint: 2 GiB; real one: 4 GiB to export, 8 to verify, 15 to build"
         if total >= 2 * 2**30
         else "too little"
     )

@@ -218,7 +218,9 @@ def unavailable(checkpoint: Checkpoint, dtype: str = "fp16") -> dict[str, str]:
 def best_backend(checkpoint: Checkpoint, dtype: str = "fp16") -> tuple[str, str]:
     """The fastest backend that can be opened here, and why no faster one."""
     missing = unavailable(checkpoint, dtype)
-    for backend in reversed(BACKENDS):
+    # ONNX Runtime casts every weight at every call; of a large checkpoint it runs slices, and PyTorch is faster.
+    order = ("tensorrt", "torch", "ort") if checkpoint.is_large else ("tensorrt", "ort", "torch")
+    for backend in order:
         if backend not in missing:
             return backend, missing.get("tensorrt", "")
     raise WorkbookError("no backend can be opened: " + " ".join(missing.values()))

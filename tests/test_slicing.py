@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glmtrt_helpers import checkpoints, export, inputs, patches, runtime, slicing
+from glmtrt_helpers import checkpoints, export, inputs, packages, patches, runtime, slicing
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.scopes import load_graph
 
@@ -54,7 +54,12 @@ def test_every_slice_stays_below_the_limit(checkpoint: Checkpoint) -> None:
     assert cast and not passed & cast  # a weight in fp32 that travelled would be the memory that slicing saves
 
 
-def test_a_large_checkpoint_gets_slices(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_checkpoint_gets_slices_and_prefers_pytorch(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "gpus", list)
+    assert runtime.best_backend(checkpoint)[0] == "ort"
     assert not isinstance(runtime.open_session(checkpoint, "ort"), runtime.SlicedOrtSession)
     monkeypatch.setattr(checkpoints, "LARGE_BYTES", 1000)
     assert isinstance(runtime.open_session(checkpoint, "ort"), runtime.SlicedOrtSession)
+    assert runtime.best_backend(checkpoint)[0] == "torch"
