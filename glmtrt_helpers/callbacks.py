@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 
@@ -82,17 +83,24 @@ def interruptible(monitor: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def make_writer(trt: Any, stream: IO[bytes]) -> Any:
-    """A stream writer over an open file; keeps the error of a write that failed."""
+def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) -> Any:
+    """A stream writer over an open file that tells how many bytes it has; keeps the error of a write that failed.
+
+    SHA-256 of 12 GB takes some ten seconds, so it runs in a thread, one piece (of at most 64 MB) behind the writing.
+    """
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.written = 0
-            self.digest = hashlib.sha256()
             self.error: OSError | None = None
+            self._digest = hashlib.sha256()
+            self._thread = ThreadPoolExecutor(1)
+            self._hashed: Future[None] | None = None
 
         def write(self, data: bytes) -> int:
+            if not self.written:
+                progress(0)
             try:
                 stream.write(data)
                 stream.flush()  # or a full disk would show only when the file is closed
@@ -100,7 +108,14 @@ def make_writer(trt: Any, stream: IO[bytes]) -> Any:
                 self.error = error
                 return 0
             self.written += len(data)
-            self.digest.update(data)
+            progress(self.written)
+            if self._hashed:
+                self._hashed.result()
+            self._hashed = self._thread.submit(self._digest.update, data)
             return len(data)
+
+        def hexdigest(self) -> str:
+            self._thread.shutdown()
+            return self._digest.hexdigest()
 
     return Writer()

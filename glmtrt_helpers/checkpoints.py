@@ -143,13 +143,16 @@ def shares_vocabulary(checkpoint: Checkpoint) -> bool:
     first, second = (checkpoint.tensors[f"{name}.weight"] for name in ("transformer.word_embeddings", "lm_head"))
     if first.offset is None or second.offset is None or first.dtype != second.dtype:
         return False
-    with first.file.open("rb") as one, second.file.open("rb") as other:
-        for part in range(64):
-            place = first.nbytes * part // 64
-            one.seek(first.offset + place)
-            other.seek(second.offset + place)
-            if one.read(4096) != other.read(4096):
-                return False
+    try:
+        with first.file.open("rb") as one, second.file.open("rb") as other:
+            for part in range(64):
+                place = first.nbytes * part // 64
+                one.seek(first.offset + place)
+                other.seek(second.offset + place)
+                if one.read(4096) != other.read(4096):
+                    return False
+    except FileNotFoundError as error:
+        raise WorkbookError(f"{error.filename} was there a moment ago and is gone: put the shard back.") from error
     return True
 
 

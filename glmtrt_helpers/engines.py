@@ -24,7 +24,7 @@ from glmtrt_helpers.export import onnx_path as exported_path
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.packages import Package
 from glmtrt_helpers.plans import PlanInfo, Tensor
-from glmtrt_helpers.profiles import Profile, Range, chat_profiles, predict_build
+from glmtrt_helpers.profiles import Profile, Range, chat_profiles, engine_weights, predict_build
 from glmtrt_helpers.references import LAYER_CASE, Case
 from glmtrt_helpers.scopes import load_graph
 from glmtrt_helpers.tensorrt_session import TensorRTSession
@@ -79,7 +79,8 @@ def build_engine(
     """Build `model.DTYPE.plan` and its JSON from `model.DTYPE.onnx` of the working copy; returns what was built.
 
     profiles: `profiles.chat_profiles` by default. onnx_path: another graph beside the shards; its plan takes its name.
-    progress is called with a phase, its steps done and all its steps. Nothing is left half-written: the plan appears
+    progress is called with a phase, its steps done and all its steps, in the order of parsing, TensorRT's own phases,
+    writing. Nothing is left half-written: the plan appears
     under its name when all of it is on the disk, and a plan without a matching JSON is refused.
     Raises WorkbookError for a missing or unreadable graph, an option that the package has not, a full disk.
     """
@@ -95,23 +96,31 @@ def build_engine(
     trt = chosen.module
     log = make_log(trt)
     builder = trt.Builder(log)
+    progress(f"Parsing {source.name}", 0, 1)
     network, parser = _parse(trt, builder, log, source)
+    progress(f"Parsing {source.name}", 1, 1)
     config = builder.create_builder_config()
     monitor = make_monitor(trt, progress)
     config.progress_monitor = monitor
     _apply(trt, config, options)
     shapes = add_profiles(builder, network, config, profiles, checkpoint)
     plan = source.with_suffix(".plan")
+    expected = engine_weights(checkpoint, dtype)  # nearly all of a large plan
+
+    def written(count: int, last: bool = False) -> None:
+        progress(f"Writing {plan.name}, KB", count // 1000, count // 1000 if last else max(count, expected) // 1000 + 1)
+
     with replacing(plan) as temporary:
         with temporary.open("wb") as stream:
-            writer = make_writer(trt, stream)
+            writer = make_writer(trt, stream, written)
             with interruptible(monitor):
                 done = builder.build_serialized_network_to_stream(network, config, writer)
             _check_built(done, monitor, writer, log, plan)
+            written(writer.written, last=True)
         info = PlanInfo(
             chosen.name, chosen.version, list(options.targets), options.names(), dtype, profiles,
             _tensors(network, shapes), source.name, plans.file_sha256(source), code_sha256(checkpoint.code),
-            plans.weights_sha256(checkpoint), writer.written, writer.digest.hexdigest(),
+            plans.weights_sha256(checkpoint), writer.written, writer.hexdigest(),
             round(time.perf_counter() - started, 2),
         )  # fmt: skip
         plans.info_path(plan).unlink(missing_ok=True)  # from here to its rewriting the plan is refused, not misread

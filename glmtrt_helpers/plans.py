@@ -6,6 +6,7 @@ it read and what it wrote, and `open_plan` compares that with the files and pack
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -140,6 +141,19 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def file_sha256(path: Path) -> str:
+    """Of a large plan, which takes some 20 seconds, once per process; a file that was touched is read again."""
+    stat = path.stat()
+    if stat.st_size < 10**9:
+        return _read_sha256(path)
+    return _large_sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache
+def _large_sha256(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    return _read_sha256(path)
+
+
+def _read_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

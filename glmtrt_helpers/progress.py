@@ -29,15 +29,17 @@ def phase_bars() -> Iterator[Any]:
     """One bar for each phase that TensorRT reports, while it lasts; a line for each where nobody sees bars."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    # rich itself takes any output under Jupyter for a terminal, by FORCE_COLOR, which a notebook's children inherit.
+    console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(phase: str, done: int, total: int) -> None:
-            if phase not in tasks and not bars.console.is_terminal:
-                say(phase)
-            if phase not in tasks:
+            if phase not in tasks:  # on no terminal, phases within another one need no line
+                if not console.is_terminal and all(task.finished for task in bars.tasks):
+                    say(phase)
                 tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, visible=done < total)
+            bars.update(tasks[phase], completed=done, total=total, visible=done < total)
 
         yield progress

@@ -37,7 +37,9 @@ def test_a_real_engine_with_two_profiles(checkpoint: Checkpoint, dtype: str) -> 
     assert {p.name for p in checkpoint.directory.iterdir()} - before == {report.plan.name, report.plan.name + ".json"}
     # Progress came from TensorRT: phases with their steps, each in order and to its end.
     phases = {phase for phase, _, _ in steps}
-    assert "Building engine" in phases and phases == set(report.phases) and len(steps) > 100
+    own = {f"Parsing model.{dtype}.onnx", f"Writing model.{dtype}.plan, KB"}
+    assert "Building engine" in phases and phases - own == set(report.phases) and own < phases and len(steps) > 100
+    assert steps[-1][1] == steps[-1][2] == report.plan.stat().st_size // 1000
     for phase in phases:
         runs: list[list[int]] = []  # a phase may come again
         for _, n, _ in (step for step in steps if step[0] == phase):
@@ -54,7 +56,7 @@ def test_a_real_engine_with_two_profiles(checkpoint: Checkpoint, dtype: str) -> 
     assert inputs["attention_mask"].profiles[1][2] == [4, 1, 1, 1024]
 
 
-def test_weights_are_really_read_from_the_shards(checkpoint: Checkpoint) -> None:
+def test_weights_are_really_read_from_the_shards(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan holds the bytes of a weight as they lie in the shard."""
     report = engines.build_engine(checkpoint, "fp16")
     tensor = checkpoint.tensors["transformer.word_embeddings.weight"]
@@ -62,6 +64,9 @@ def test_weights_are_really_read_from_the_shards(checkpoint: Checkpoint) -> None
     data = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
     assert data in report.plan.read_bytes()
     tensor.file.rename(tensor.file.with_suffix(".away"))
+    with pytest.raises(WorkbookError, match="safetensors was there a moment ago and is gone"):
+        engines.build_engine(checkpoint, "fp16")
+    monkeypatch.setattr(engines, "check_room", lambda *_: None)  # which looks into the shards before TensorRT does
     with pytest.raises(WorkbookError, match="cannot be parsed by TensorRT"):
         engines.build_engine(checkpoint, "fp16")
 
@@ -135,9 +140,12 @@ def small_disk(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
-def test_a_disk_that_fills_during_the_build(small_disk: Path) -> None:
+def test_a_disk_that_fills_during_the_build(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = checkpoints.open_checkpoint(small_disk)
     before = sorted(path.name for path in small_disk.iterdir())
+    with pytest.raises(WorkbookError, match=r"model.fp16.plan will take 0.1 GB, and its disk has 0.0 free: make room"):
+        engines.build_engine(opened, "fp16")
+    monkeypatch.setattr(engines, "check_room", lambda *_: None)  # as if the room had gone since it was looked at
     with pytest.raises(WorkbookError, match=r"model.fp16.plan could not be written \(No space left on device\)"):
         engines.build_engine(opened, "fp16")
     assert sorted(path.name for path in small_disk.iterdir()) == before
