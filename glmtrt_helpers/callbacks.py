@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 
@@ -86,7 +86,7 @@ def interruptible(monitor: Any) -> Iterator[None]:
 def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) -> Any:
     """A stream writer over an open file that tells how many bytes it has; keeps the error of a write that failed.
 
-    SHA-256 of 12 GB takes some ten seconds, so it runs in a thread, one piece (of at most 64 MB) behind the writing.
+    SHA-256 of 12 GB takes some ten seconds, so each piece (of at most 64 MB) is hashed while it is written.
     """
 
     class Writer(trt.IStreamWriter):
@@ -96,22 +96,21 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
             self.error: OSError | None = None
             self._digest = hashlib.sha256()
             self._thread = ThreadPoolExecutor(1)
-            self._hashed: Future[None] | None = None
 
         def write(self, data: bytes) -> int:
             if not self.written:
                 progress(0)
+            hashed = self._thread.submit(self._digest.update, data)
             try:
                 stream.write(data)
                 stream.flush()  # or a full disk would show only when the file is closed
             except OSError as error:
                 self.error = error
                 return 0
+            finally:
+                hashed.result()
             self.written += len(data)
             progress(self.written)
-            if self._hashed:
-                self._hashed.result()
-            self._hashed = self._thread.submit(self._digest.update, data)
             return len(data)
 
         def hexdigest(self) -> str:

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from glmtrt_helpers import cli_bench
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.progress import bytes_bar, phase_bars, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(cli_bench.app, name="bench")
 
 Directory = Annotated[Path, typer.Argument(help="a checkpoint, usually its working copy models/run/NAME")]
 Dtype = Annotated[str, typer.Option(help="fp16 or fp32")]
@@ -156,6 +158,7 @@ def export(
     dtype: Dtype = "fp16",
     exporter: Annotated[str, typer.Option(help="dynamo or torchscript")] = "dynamo",
     opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
+    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, whose cache is never copied")] = False,
 ) -> None:
     """Export the patched model to ONNX; its weights stay where they lie, in the checkpoint's shards."""
     from glmtrt_helpers import checkpoints
@@ -163,7 +166,12 @@ def export(
     from glmtrt_helpers.pictures import print_table
 
     checkpoint = checkpoints.open_checkpoint(directory)
-    done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)
+    if fast:
+        from glmtrt_helpers.fast import export_fast
+
+        done = export_fast(checkpoint, dtype, progress=say)
+    else:
+        done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)
     columns = ["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"]
     nodes = sum(done.nodes.values())
     print_table(columns, [(str(done.path), done.file_bytes, done.referred_bytes, nodes, done.seconds)])
@@ -213,9 +221,11 @@ def build(
     hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="full tensorrt only")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="full tensorrt only")] = False,
     tf32: Annotated[bool, typer.Option(help="let fp32 products round their inputs")] = True,
+    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, whose cache is never copied")] = False,
 ) -> None:
     """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
     from glmtrt_helpers import checkpoints, engines, plans
+    from glmtrt_helpers import export as exporting
     from glmtrt_helpers.pictures import print_table
     from glmtrt_helpers.profiles import Range, chat_profiles
 
@@ -225,8 +235,9 @@ def build(
     options = engines.BuildOptions(tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32)
     with phase_bars() as progress:
         report = engines.build_engine(
-            checkpoint, dtype, chat_profiles(checkpoint, *ranges), options=options, package=package, progress=progress
-        )
+            checkpoint, dtype, chat_profiles(checkpoint, *ranges), options=options, package=package,
+            onnx_path=exporting.onnx_path(checkpoint, dtype, fast=fast), progress=progress,
+        )  # fmt: skip
     print(report.package.reason, file=sys.stderr)
     for index, profile in enumerate(report.info.profiles):
         rows = [row for row in plans.tensor_rows(report.info.tensors, index) if row[1] == "input"]
@@ -248,6 +259,7 @@ def chat(
     max_length: Annotated[int | None, typer.Option(help="prompt and answer together")] = None,
     drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, let the oldest rounds go")] = False,
     dtype: Dtype = "fp16",
+    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, on ort")] = False,
 ) -> None:
     """Chat with the model. Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
     from glmtrt_helpers import checkpoints, runtime, terminal
@@ -259,10 +271,12 @@ def chat(
     if checkpoint.is_random:
         print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
-    if backend is None:
+    if backend is None and fast:
+        backend = "ort"
+    elif backend is None:
         backend, why = runtime.best_backend(checkpoint, dtype)
         print(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""), file=sys.stderr)
-    session = runtime.open_session(checkpoint, backend, dtype)
+    session = runtime.open_session(checkpoint, backend, dtype, fast=fast)
     try:
         talk = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
         if prompt is not None:
@@ -271,29 +285,6 @@ def chat(
             terminal.converse(talk)
     finally:
         session.close()
-
-
-bench = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command()
-def memory(
-    directory: Directory,
-    output: Annotated[Path | None, typer.Option(help="keep the measurement as JSON")] = None,
-    phase: Annotated[list[str] | None, typer.Option(help="only these: inputs, patch, export, build, verify")] = None,
-) -> None:
-    """Memory, seconds and disk of each step on a working copy, each in a process of its own; outputs are made anew."""
-    from glmtrt_helpers import bench as benchmarks
-    from glmtrt_helpers.pictures import print_table
-
-    rows = benchmarks.memory(directory, phase or benchmarks.PHASES, say)
-    columns = ["phase", "seconds", "peak anonymous, GB", "peak file-backed, GB", "added on disk, MB"]
-    figures = [(r.phase, round(r.seconds, 1), *(round(n / 1e9, 2) for n in (r.peak_anonymous, r.peak_mapped)),
-                round(r.added / 1e6, 1)) for r in rows]  # fmt: skip
-    print_table(columns, figures)
-    if output:
-        benchmarks.save_memory(output, directory, rows)
 
 
 @app.command()

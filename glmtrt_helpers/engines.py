@@ -210,7 +210,8 @@ def add_profiles(
     for profile in profiles:
         made = builder.create_optimization_profile()
         for name in names:
-            low, typical, high = profile.shapes(name, checkpoint.num_heads, checkpoint.head_size)
+            sizes = (checkpoint.num_heads, checkpoint.head_size)
+            low, typical, high = profile.shapes(name, *sizes, chunked="cache_mask" in names)
             made.set_shape(name, low, typical, high)
             shapes[name].append([list(low), list(typical), list(high)])
         if config.add_optimization_profile(made) < 0:

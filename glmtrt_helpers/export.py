@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,12 @@ class ExportReport:
     seconds: float
 
 
-def onnx_path(checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int = DEFAULT_OPSET) -> Path:
-    """`model.fp16.onnx`; an export that is not the default one carries exporter and opset in its name."""
+def onnx_path(
+    checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int = DEFAULT_OPSET, *, fast: bool = False
+) -> Path:
+    """`model.fp16.onnx`; an export that is not the default one carries exporter and opset, or fast, in its name."""
     middle = "" if (exporter, opset) == ("dynamo", DEFAULT_OPSET) else f".{exporter}{opset}"
+    middle = ".fast" if fast else middle
     return checkpoint.directory / f"model.{dtype}{middle}.onnx"
 
 
@@ -79,17 +82,13 @@ def export_model(
     _check_request(dtype, exporter, opset)
     if not allow_unpatched:
         _check_patched(checkpoint)
-    if not checkpoint.is_safetensors:
-        progress("streaming .bin shards into safetensors")
-        shards.to_safetensors(checkpoint.directory, progress)
-        checkpoint = checkpoints.open_checkpoint(checkpoint.directory)
-    _check_shards(checkpoint)
-    progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
+    checkpoint = in_place(checkpoint, progress)
     trace = _trace_dynamo if exporter == "dynamo" else _trace_torchscript
     checkpoints.announce(checkpoint.code)
-    with quiet():
+
+    def traced() -> ir.Model:
         try:
-            model = trace(checkpoint, DTYPES[dtype], opset, example)
+            return trace(checkpoint, DTYPES[dtype], opset, example)
         except WorkbookError:
             raise
         except Exception as error:  # exporters raise their own kinds, around the one that tells
@@ -97,15 +96,48 @@ def export_model(
                 f"{checkpoint.code}: the {exporter} exporter cannot follow this source ({_reason(error)}): see "
                 "notebook 02_patch_rotary_flatten, or take modeling_chatglm.py from THUDM/chatglm-6b."
             ) from error
+
+    def check(model: ir.Model) -> None:
+        if not allow_unpatched:
+            _check_interface(model, checkpoint)
+
+    path = onnx_path(checkpoint, dtype, exporter, opset)
+    report = write_traced(checkpoint, dtype, path, traced, check, exporter, opset, progress)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def in_place(checkpoint: Checkpoint, progress: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint in shards that a graph can refer to; `.bin` shards are streamed into them first."""
+    if not checkpoint.is_safetensors:
+        progress("streaming .bin shards into safetensors")
+        shards.to_safetensors(checkpoint.directory, progress)
+        checkpoint = checkpoints.open_checkpoint(checkpoint.directory)
+    _check_shards(checkpoint)
+    return checkpoint
+
+
+def write_traced(
+    checkpoint: Checkpoint,
+    dtype: str,
+    path: Path,
+    trace: Callable[[], ir.Model],
+    check: Callable[[ir.Model], None] = lambda model: None,
+    exporter: str = "dynamo",
+    opset: int = DEFAULT_OPSET,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> ExportReport:
+    """Trace, tidy, point the weights into the shards, check, and write the file whole or not at all."""
+    started = time.perf_counter()
+    progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
+    with quiet():
+        model = trace()
         progress("tidying the graph")
         rewriting.tidy(model, checkpoint)
         rewriting.name_dimensions(model)
         rewriting.refer_to_shards(model, checkpoint, _WANTED[dtype])
-        if not allow_unpatched:
-            _check_interface(model, checkpoint)
+        check(model)
     model.producer_name = "glmtrt"
     model.metadata_props[CODE_KEY] = checkpoints.code_sha256(checkpoint.code)
-    path = onnx_path(checkpoint, dtype, exporter, opset)
     progress(f"writing {path.name}")
     with replacing(path) as temporary:
         temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

@@ -104,7 +104,8 @@ def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:
     No GPU is looked for, and nothing of TensorRT is loaded.
     """
     info = read_info(plan)
-    again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}`"
+    fast = " --fast" if info.onnx.endswith(".fast.onnx") else ""
+    again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}{fast}`"
     size = plan.stat().st_size
     if size != info.plan_bytes:
         raise WorkbookError(f"{plan} has {size:,} bytes, {info.plan_bytes:,} were written, so it is cut: {again}.")

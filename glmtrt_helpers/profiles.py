@@ -30,6 +30,7 @@ REAL_SIZE = {
     "max_sequence_length": 2048,
 }
 TYPICAL_PROMPT, TYPICAL_PAST = 128, 512
+CHUNK = 128  # tokens of a chunk of the fast decoder's cache; a chunk of one head is 32 KB in fp16
 WORKSPACE = 4 * 2**20  # what every engine asked for beside the tensors
 
 
@@ -70,18 +71,17 @@ class Profile:
     def covers(self, batch: int, sequence: int, past: int) -> bool:
         return batch in self.batch and sequence in self.sequence and past in self.past
 
-    def shapes(self, name: str, heads: int, head_size: int) -> list[tuple[int, ...]]:
-        """The smallest, typical and largest shape of an input of forward."""
+    def shapes(self, name: str, heads: int, head_size: int, chunked: bool = False) -> list[tuple[int, ...]]:
+        """The smallest, typical and largest shape of an input of forward; chunked: of the fast decoder's."""
         shapes: list[tuple[int, ...]] = []
         for which in ("min", "opt", "max"):
             batch, sequence, past = (getattr(r, which) for r in (self.batch, self.sequence, self.past))
-            shapes.append(
-                {
-                    "input_ids": (batch, sequence),
-                    "position_ids": (batch, 2, sequence),
-                    "attention_mask": (batch, 1, sequence, past + sequence),
-                }.get(name, (past, batch, heads, head_size))
-            )
+            chunks = max(1, -(-past // CHUNK))
+            common = {"input_ids": (batch, sequence), "position_ids": (batch, 2, sequence)}
+            classical = {"attention_mask": (batch, 1, sequence, past + sequence)}
+            fast = {"attention_mask": (batch, 1, sequence, sequence), "cache_mask": (batch, chunks, CHUNK)}
+            rest = (chunks, batch, heads, CHUNK, head_size) if chunked else (past, batch, heads, head_size)
+            shapes.append((common | (fast if chunked else classical)).get(name, rest))
         return shapes
 
     def as_dict(self) -> dict[str, Any]:

@@ -54,13 +54,13 @@ def tidy(model: ir.Model, checkpoint: Checkpoint) -> None:
 def name_dimensions(model: ir.Model) -> None:
     """Give the symbols of dynamo (s18, s17 + s22, ...) the names a reader expects, everywhere in the graph."""
     shapes = {value.name: value.shape for value in model.graph.inputs}
-    ids, mask = shapes.get("input_ids"), shapes.get("attention_mask")
-    past = shapes.get("past_key_values.0.key")
-    if ids is None or past is None:
-        return
-    names = {str(ids[0]): "batch", str(ids[1]): "sequence", str(past[0]): "past"}
-    if mask is not None:
-        names[str(mask[3])] = "total"
+    places = {"batch": ("input_ids", 0), "sequence": ("input_ids", 1), "past": ("past_key_values.0.key", 0),
+              "total": ("attention_mask", 3), "chunks": ("cache.0.key", 0)}  # fmt: skip
+    names: dict[str, str] = {}
+    for dimension, (name, axis) in places.items():
+        shape = shapes.get(name)
+        if shape is not None:
+            names.setdefault(str(shape[axis]), dimension)  # among new tokens alone, the mask is sequence by sequence
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     for value in values:
         if value.shape is not None:

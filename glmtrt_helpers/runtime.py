@@ -40,12 +40,14 @@ class Limits:
 class Session(ABC):
     """A backend that runs forward. dtype: that of the past, the presents and the logits.
 
-    arithmetic: "tf32" where products of fp32 numbers are rounded, None where dtype says all.
+    arithmetic: "tf32" where products of fp32 numbers are rounded, None where dtype says all. last_only: `run` gives the
+    logits of the last position alone.
     """
 
     backend: str
     dtype: np.dtype
     arithmetic: str | None = None
+    last_only = False
     limits = Limits()
     _cache: dict[str, np.ndarray] | None = None
 
@@ -177,11 +179,16 @@ def plain_session(checkpoint: Checkpoint, path: str | Path) -> OrtSession:
     return SlicedOrtSession(path) if checkpoint.is_large else OrtSession(path, optimize=False)
 
 
-def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> Session:
+def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16", *, fast: bool = False) -> Session:
     """The session of a backend by name, over the files that the notebooks before left in the working copy.
 
     torch runs the source in fp32 where dtype is fp32, ort the exported graph, tensorrt the engine of dtype.
+    fast: the decoder of `fast`, through ort.
     """
+    if fast:
+        from glmtrt_helpers import fast_session
+
+        return fast_session.open_fast(checkpoint, backend, dtype)
     if backend == "torch":
         from glmtrt_helpers import streaming
         from glmtrt_helpers.export import DTYPES

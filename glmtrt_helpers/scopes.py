@@ -21,7 +21,8 @@ def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
     """The graph without its weights. Raises WorkbookError where there is none, or where the file is something else."""
     path = Path(onnx_path)
     if not path.is_file():
-        raise WorkbookError(f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}`.")
+        fast = " --fast" if path.name.endswith(".fast.onnx") else ""
+        raise WorkbookError(f"{path} is missing: run `glmtrt export {path.parent}{fast}` (notebook 03_export_onnx).")
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError:

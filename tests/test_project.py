@@ -56,6 +56,7 @@ def test_every_module_has_its_test_file() -> None:
         "errors",
         "compat",
         "progress",
+        "cli_bench",
         "configs",
         "classical",
         "shards",

@@ -1,0 +1,161 @@
+"""Sessions over the fast decoder: the interface of `runtime.Session`, with a cache that lies in chunks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.profiles import CHUNK
+from glmtrt_helpers.runtime import Limits, OrtSession, Session, plain_session
+
+
+def chunks_of(tokens: int) -> int:
+    """Chunks that hold so many tokens; one, all of it hidden, for an empty cache."""
+    return max(1, -(-tokens // CHUNK))
+
+
+def pieces(past: int, length: int) -> list[tuple[int, slice, slice]]:
+    """Where rows past .. past + length - 1 go: (chunk, its rows, which of the new ones), one entry for each chunk."""
+    parts, done = [], 0
+    while done < length:
+        chunk, row = divmod(past + done, CHUNK)
+        count = min(CHUNK - row, length - done)
+        parts.append((chunk, slice(row, row + count), slice(done, done + count)))
+        done += count
+    return parts
+
+
+def masks(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of a call of forward, (batch, 1, S, past + S), as the fast decoder takes it.
+
+    Returns attention_mask (batch, 1, S, S) and cache_mask (batch, chunks, 128). New tokens differ in what they see
+    among themselves; of the cache all see what the last one sees.
+    """
+    mask = np.asarray(call["attention_mask"])
+    batch = len(mask)
+    over_cache = np.ones((batch, chunks_of(past), CHUNK), dtype=np.bool_)
+    over_cache.reshape(batch, -1)[:, :past] = np.broadcast_to(mask[:, 0, -1], (batch, mask.shape[-1]))[:, :past]
+    return np.ascontiguousarray(mask[..., past:]), over_cache
+
+
+class FastSession(Session):
+    """What the backends share. last_only: logits come out for the last position alone."""
+
+    last_only = True
+
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self._names = [f"{layer}.{part}" for layer in range(checkpoint.num_layers) for part in ("key", "value")]
+        self._past, self._batch = 0, 0
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache."""
+        return self._past
+
+    def reset(self) -> None:
+        self._past = 0
+
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        shape = (0, batch, self.checkpoint.num_heads, self.checkpoint.head_size)
+        return {f"past_key_values.{name}": np.zeros(shape, self.dtype) for name in self._names}
+
+    def step(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self._advance(call)["logits"].astype(np.float32)
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """One call of forward with its past from the host; logits (batch, 1, vocabulary) of the last position."""
+        call = {name: np.asarray(value) for name, value in flat.items()}
+        past = {name: call[f"past_key_values.{name}"] for name in self._names}
+        self.reset()
+        first = past[self._names[0]]
+        self._begin(first.shape[1])
+        self._place({name: array.transpose(1, 2, 0, 3) for name, array in past.items()}, len(first))
+        outputs = self._advance(call)
+        self.reset()
+        presents = {
+            f"present.{name}": np.concatenate([past[name], outputs[f"new.{name}"].transpose(2, 0, 1, 3)])
+            for name in self._names
+        }
+        return {"logits": outputs["logits"][:, None], **presents}
+
+    def _advance(self, call: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batch, length = call["input_ids"].shape
+        if not self._past:
+            self._begin(batch)
+        elif batch != self._batch:
+            raise WorkbookError(f"the cache holds {self._batch} rows, the call has {batch}: reset the session first.")
+        if self._past + length > self.limits.total:
+            raise WorkbookError(
+                f"{self._past} tokens in the cache and {length} new ones are more than the {self.limits.total} that "
+                "this session holds: drop old rounds, or build with a larger --past."
+            )
+        return self._execute(call, length)
+
+    @abstractmethod
+    def _begin(self, batch: int) -> None:
+        """An empty cache of so many rows."""
+
+    @abstractmethod
+    def _place(self, rows: Mapping[str, np.ndarray], length: int) -> None:
+        """Put rows (batch, heads, length, d) behind those in the cache."""
+
+    @abstractmethod
+    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Run the decoder once and put the new rows into the cache; returns what came out."""
+
+
+class FastOrtSession(FastSession):
+    """The fast decoder in ONNX Runtime on the CPU: to try, and to check, what the engine computes."""
+
+    backend = "ort"
+
+    def __init__(self, checkpoint: Checkpoint, runner: OrtSession):
+        half = runner.inputs["cache.0.key"].type == "tensor(float16)"
+        super().__init__(checkpoint, np.dtype(np.float16 if half else np.float32))
+        self.runner = runner
+        self.limits = Limits(total=checkpoint.max_length)
+        self._chunks: dict[str, np.ndarray] = {}
+
+    def _begin(self, batch: int) -> None:
+        self._past, self._batch = 0, batch
+        checkpoint = self.checkpoint
+        shape = (chunks_of(checkpoint.max_length), batch, checkpoint.num_heads, CHUNK, checkpoint.head_size)
+        # Zeros, for a hidden row must be finite; the system hands out their memory when they are first written.
+        self._chunks = {name: np.zeros(shape, self.dtype) for name in self._names}
+
+    def _place(self, rows: Mapping[str, np.ndarray], length: int) -> None:
+        for chunk, there, here in pieces(self._past, length):
+            for name in self._names:
+                self._chunks[name][chunk, :, :, there] = rows[name][:, :, here]
+        self._past += length
+
+    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        among_new, over_cache = masks(call, self._past)
+        used = over_cache.shape[1]
+        outputs = self.runner.run(
+            {
+                "input_ids": call["input_ids"],
+                "position_ids": call["position_ids"],
+                "attention_mask": among_new,
+                "cache_mask": over_cache,
+                **{f"cache.{name}": self._chunks[name][:used] for name in self._names},
+            }
+        )
+        self._place({name: outputs[f"new.{name}"] for name in self._names}, length)
+        return outputs
+
+
+def open_fast(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> FastSession:
+    """The session of a backend over `model.DTYPE.fast.onnx` of the working copy."""
+    if backend != "ort":
+        raise WorkbookError(f"the fast decoder does not run on {backend} yet: leave --fast out, or take --backend ort.")
+    path = checkpoint.directory / f"model.{dtype}.fast.onnx"
+    if not path.exists():
+        raise WorkbookError(f"{path} is missing: run `glmtrt export {path.parent} --dtype {dtype} --fast`.")
+    return FastOrtSession(checkpoint, plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path))
