@@ -211,7 +211,7 @@ def add_profiles(
         made = builder.create_optimization_profile()
         for name in names:
             sizes = (checkpoint.num_heads, checkpoint.head_size)
-            low, typical, high = profile.shapes(name, *sizes, chunked="cache_mask" in names)
+            low, typical, high = profile.shapes(name, *sizes, chunked="visible" in names)
             made.set_shape(name, low, typical, high)
             shapes[name].append([list(low), list(typical), list(high)])
         if config.add_optimization_profile(made) < 0:

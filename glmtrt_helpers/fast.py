@@ -7,7 +7,8 @@ It computes what the checkpoint's own code computes, and differs in what it hand
   gives a GPU enough of them to do at once. Only the rows of the new tokens come out; the session puts them in place.
 - The two rotary embeddings of a head are one: a table of cos and sin over all of d, picked by both positions.
 - Past the attention of the last layer only the last token goes on, for nobody reads the scores of the others.
-- The next token and the best candidates are chosen in the graph, so a host need not wait for 130,528 scores.
+- The next token and the best candidates are chosen in the graph, and what else the next step needs comes out of it: a
+  step can follow a step without the host, which reads a token only to print it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from glmtrt_helpers.export import DTYPES, ExportReport
 from glmtrt_helpers.profiles import CHUNK
 
 CANDIDATES = 64
-STEP_INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_mask")
-CHOICES = ("next_token", "candidate_ids", "candidate_scores", "logits")
+STEP_INPUTS = ("input_ids", "position_ids", "attention_mask", "visible")
+CHOICES = ("next_token", "next_position_ids", "next_visible", "candidate_ids", "candidate_scores", "logits")
 HIDDEN = -10000.0  # what upstream puts for a score that is masked
 # The NaN guard of upstream's chat: where one score of the batch is no number, the token 5 is taken.
 GUARD_ID, GUARD_SCORE = 5, 5e4
@@ -75,7 +76,7 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """x (batch, S, H); turn: cos and sin (batch, S, 1, 1, d); past: keys and values (chunks, batch, heads, 128, d).
 
-        masks, True = hidden: (chunks, batch, 1, 1, 128) for the cache, (batch, 1, S or 1, S) among the new tokens.
+        masks, True = hidden: (chunks, batch, 1, 1, 128) over the cache, (batch, 1, S or 1, S) among the new tokens.
         Returns the attention (batch, S or 1, H), and the new keys and values (batch, heads, S, d).
         """
         batch, length, hidden = x.shape
@@ -155,23 +156,28 @@ class FastDecoder(nn.Module):
         with torch.device("cpu"):  # real numbers, also where the weights have none
             self.tables = rotary_tables(config["max_sequence_length"], size, dtype)
             self.guard = torch.zeros(config["vocab_size"], dtype=dtype)
+            self.slots = torch.arange(-(-config["max_sequence_length"] // CHUNK) * CHUNK).view(-1, 1, 1, 1, CHUNK)
         self.guard[GUARD_ID] = GUARD_SCORE
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor,
-        cache_mask: torch.Tensor, cache: Cache,
+        visible: torch.Tensor, cache: Cache,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """One prefill or decode step of S new tokens on a cache of some chunks.
 
         input_ids (batch, S) and position_ids (batch, 2, S), int64; attention_mask (batch, 1, S, S) among the new
-        tokens and cache_mask (batch, chunks, 128) over the cache, bool, True = hidden; cache: for every layer keys and
-        values (chunks, batch, heads, 128, d), finite also where they are hidden.
-        Returns next_token (batch, 1), candidate_ids and candidate_scores (batch, 64), logits (batch, vocabulary) of the
-        last position, and for every layer the new keys and values (batch, heads, S, d).
+        tokens, bool, True = hidden; visible (batch, 2), int64: the tokens of the cache that may be seen, from the first
+        to the one behind the last; cache: for every layer keys and values (chunks, batch, heads, 128, d), finite also
+        where they are hidden.
+        Returns next_token (batch, 1), next_position_ids (batch, 2, 1) and next_visible (batch, 2) for the step that
+        follows, candidate_ids and candidate_scores (batch, 64), logits (batch, vocabulary) of the last position, and
+        for every layer the new keys and values (batch, heads, S, d).
         """
         cos, sin = (torch.cat([F.embedding(position_ids[:, row], table) for row in (0, 1)], dim=-1)[:, :, None, None]
                     for table in self.tables)  # fmt: skip
-        over_cache = cache_mask.transpose(0, 1)[:, :, None, None]
+        slots = self.slots[: cache[0][0].shape[0]]
+        first, end = (visible[:, number, None, None, None] for number in (0, 1))
+        over_cache = (slots < first) | (slots >= end)
         hidden = self.transformer.word_embeddings(input_ids)
         new: list[torch.Tensor] = []
         for number, layer in enumerate(self.transformer.layers, 1):
@@ -183,7 +189,9 @@ class FastDecoder(nn.Module):
         is_finite = (logits.float() * 0).sum() == 0
         logits = torch.where(is_finite, logits, self.guard)
         scores, ids = logits.float().topk(min(CANDIDATES, logits.shape[-1]))
-        return logits.argmax(dim=-1, keepdim=True), ids, scores, logits, *new
+        next_positions = torch.cat([position_ids[:, :1, -1:], position_ids[:, 1:, -1:] + 1], dim=1)
+        next_visible = torch.stack([visible[:, 0], visible[:, 1] + input_ids.shape[1]], dim=1)
+        return logits.argmax(dim=-1, keepdim=True), next_positions, next_visible, ids, scores, logits, *new
 
 
 def example_inputs(
@@ -196,7 +204,7 @@ def example_inputs(
         "input_ids": torch.full((batch, length), config["bos_token_id"]),
         "position_ids": torch.zeros(batch, 2, length, dtype=torch.long),
         "attention_mask": torch.ones(batch, 1, length, length).triu(1).bool(),
-        "cache_mask": torch.ones(batch, chunks, CHUNK, dtype=torch.bool),
+        "visible": torch.zeros(batch, 2, dtype=torch.long),
         # Tensors of their own, or the exporter takes them for one input.
         "cache": [
             (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config["num_layers"])
@@ -241,7 +249,7 @@ def export_fast(
                 "input_ids": {0: batch, 1: sequence},
                 "position_ids": {0: batch, 2: sequence},
                 "attention_mask": {0: batch, 2: sequence, 3: sequence},
-                "cache_mask": {0: batch, 1: chunks},
+                "visible": {0: batch},
                 "cache": [layer] * checkpoint.num_layers,
             },
             verbose=False,

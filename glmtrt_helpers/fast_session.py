@@ -30,17 +30,22 @@ def pieces(past: int, length: int) -> list[tuple[int, slice, slice]]:
     return parts
 
 
-def masks(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np.ndarray]:
+def split_mask(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np.ndarray]:
     """The mask of a call of forward, (batch, 1, S, past + S), as the fast decoder takes it.
 
-    Returns attention_mask (batch, 1, S, S) and cache_mask (batch, chunks, 128). New tokens differ in what they see
-    among themselves; of the cache all see what the last one sees.
+    Returns attention_mask (batch, 1, S, S) and visible (batch, 2), the first token of the cache that may be seen and
+    the one behind the last. New tokens differ in what they see among themselves; of the cache all see what the last one
+    sees, all but the padding at its left. Raises WorkbookError for another mask.
     """
     mask = np.asarray(call["attention_mask"])
-    batch = len(mask)
-    over_cache = np.ones((batch, chunks_of(past), CHUNK), dtype=np.bool_)
-    over_cache.reshape(batch, -1)[:, :past] = np.broadcast_to(mask[:, 0, -1], (batch, mask.shape[-1]))[:, :past]
-    return np.ascontiguousarray(mask[..., past:]), over_cache
+    hidden = mask[:, 0, -1, :past]
+    first = hidden.sum(axis=-1)
+    if (hidden != (np.arange(past) < first[:, None])).any():
+        raise WorkbookError(
+            "the fast decoder hides nothing of the cache but padding at its left: take the classical one."
+        )
+    visible = np.stack([first, np.full_like(first, past)], axis=1).astype(np.int64)
+    return np.ascontiguousarray(mask[..., past:]), visible
 
 
 class FastSession(Session):
@@ -136,14 +141,14 @@ class FastOrtSession(FastSession):
         self._past += length
 
     def _execute(self, call: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-        among_new, over_cache = masks(call, self._past)
-        used = over_cache.shape[1]
+        among_new, visible = split_mask(call, self._past)
+        used = chunks_of(self._past)
         outputs = self.runner.run(
             {
                 "input_ids": call["input_ids"],
                 "position_ids": call["position_ids"],
                 "attention_mask": among_new,
-                "cache_mask": over_cache,
+                "visible": visible,
                 **{f"cache.{name}": self._chunks[name][:used] for name in self._names},
             }
         )

@@ -79,7 +79,7 @@ class Profile:
             chunks = max(1, -(-past // CHUNK))
             common = {"input_ids": (batch, sequence), "position_ids": (batch, 2, sequence)}
             classical = {"attention_mask": (batch, 1, sequence, past + sequence)}
-            fast = {"attention_mask": (batch, 1, sequence, sequence), "cache_mask": (batch, chunks, CHUNK)}
+            fast = {"attention_mask": (batch, 1, sequence, sequence), "visible": (batch, 2)}
             rest = (chunks, batch, heads, CHUNK, head_size) if chunked else (past, batch, heads, head_size)
             shapes.append((common | (fast if chunked else classical)).get(name, rest))
         return shapes

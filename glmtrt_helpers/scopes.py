@@ -22,7 +22,7 @@ def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
     path = Path(onnx_path)
     if not path.is_file():
         fast = " --fast" if path.name.endswith(".fast.onnx") else ""
-        raise WorkbookError(f"{path} is missing: run `glmtrt export {path.parent}{fast}` (notebook 03_export_onnx).")
+        raise WorkbookError(f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}{fast}`.")
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError:

@@ -6,20 +6,19 @@ mask, and reads back one row of logits per sequence; the cache never leaves the 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glmtrt_helpers import cuda, packages, plans, profiles
-from glmtrt_helpers.callbacks import make_log
+from glmtrt_helpers import cuda, packages, plans
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.loaded import Engine, check_plan, limits
 from glmtrt_helpers.plans import PlanInfo, Tensor
 from glmtrt_helpers.profiles import Memory
-from glmtrt_helpers.runtime import Limits, Session
+from glmtrt_helpers.runtime import Session
 
 STEP_INPUTS = ("input_ids", "position_ids", "attention_mask")
 PAST, PRESENT = "past_key_values.", "present."
@@ -40,73 +39,22 @@ class TensorRTSession(Session):
         checkpoint: Checkpoint, dtype: str = "fp16", plan: Path | None = None
     ) -> tuple[Path, PlanInfo, packages.Package]:
         """The plan, its JSON and the package that runs it. The JSON is asked before any GPU is looked for."""
-        plan = plan or plans.plan_path(checkpoint, dtype)
-        info = plans.open_plan(checkpoint, plan)
-        cards = packages.gpus()
-        if not cards:
-            raise WorkbookError(
-                "there is no GPU here, or its driver does not answer, and an engine runs only on one: take the "
-                "backend ort or torch, and see `glmtrt doctor`."
-            )
-        here = packages.capability_text(cards[0])
-        if info.compute_capabilities and here not in info.compute_capabilities:
-            raise WorkbookError(
-                f"{plan} was built for compute capability {', '.join(info.compute_capabilities)} only, the "
-                f"{cards[0].name} has {here}: build it again without --target, or with --target {here}."
-            )
-        packages.settle_tf32(info.tf32)
-        return plan, info, packages.choose(info.package, cards)
+        return check_plan(checkpoint, plan or plans.plan_path(checkpoint, dtype))
 
     def __init__(self, plan: Path, info: PlanInfo, package: packages.Package):
-        self.info = info
-        self._log = make_log(package.module)
-        self._stream = cuda.new_stream()
-        start = cuda.free_memory()
-        self._runtime, self._engine = self._load(package, plan)
-        loaded = cuda.free_memory()
-        self._context = self._make_context(package.module)
-        ready = cuda.free_memory()
-        self._tensors = {tensor.name: tensor for tensor in info.tensors}
+        self._engine = Engine(plan, info, package)
+        self.info, self._stream = info, self._engine.stream
+        self._tensors = self._engine.tensors
         self._layers = [name for name in self._tensors if name.startswith(PAST)]
         self.dtype = np.dtype(self._tensors["logits"].dtype)
         self.arithmetic = "tf32" if info.dtype == "fp32" and info.tf32 else None
-        self._profile, self._past, self._side, self._batch = 0, 0, 0, 0
-        boxes = info.profiles
-        self.limits = Limits(
-            max(box.batch.max for box in boxes),
-            max(box.sequence.max for box in boxes if 0 in box.past),
-            max(box.past.max + box.sequence.max for box in boxes),
-        )
+        self._past, self._side, self._batch = 0, 0, 0
+        self.limits = limits(info)
+        ready = cuda.free_memory()
         cache = self._allocate()
-        self.measured = Memory(start - loaded, cache, ready - cuda.free_memory() - cache, loaded - ready)
-
-    def _load(self, package: packages.Package, plan: Path) -> tuple[Any, Any]:
-        trt = package.module
-        runtime = trt.Runtime(self._log)
-        with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            engine = runtime.deserialize_cuda_engine(mapped)
-        if engine is None:
-            said = self._log.first_error()
-            if "memory" in said.lower():
-                raise cuda.out_of_memory(f"load {plan.name}")
-            raise WorkbookError(
-                f"{plan} is not loaded on this GPU by {package.name} {package.version} ({said}): build it again here, "
-                "or see `glmtrt doctor` for which package supports this GPU."
-            )
-        if "weight-streaming" in self.info.options:
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-        return runtime, engine
-
-    def _make_context(self, trt: Any) -> Any:
-        """One context for both profiles; its activations are as large as the larger one needs."""
-        config = self._engine.create_runtime_config()
-        context = self._engine.create_execution_context(config)
-        if context is None:
-            said = self._log.first_error()
-            if "memory" in said.lower():
-                raise cuda.out_of_memory("hold the engine's activations")
-            raise WorkbookError(f"TensorRT could not make an execution context ({said}): build the engine again.")
-        return context
+        self.measured = Memory(
+            self._engine.weights, cache, ready - cuda.free_memory() - cache, self._engine.activations
+        )
 
     def _allocate(self) -> int:
         """One piece of memory with a place for each input of a step, the logits, and twice each tensor of the cache.
@@ -117,19 +65,16 @@ class TensorRTSession(Session):
         sizes = {}
         for name in STEP_INPUTS:
             largest = max(np.prod(shapes[-1]) for shapes in self._tensors[name].profiles)
-            sizes[name] = int(largest) * self._width(name)
+            sizes[name] = int(largest) * self._engine.width(name)
         rows = max(box.batch.max * box.sequence.max for box in boxes)
-        sizes["logits"] = rows * self._tensors["logits"].shape[-1] * self._width("logits")
+        sizes["logits"] = rows * self._tensors["logits"].shape[-1] * self._engine.width("logits")
         tokens = max(box.batch.max * (box.past.max + box.sequence.max) for box in boxes)
         for name in self._layers:
-            row = int(np.prod(self._tensors[name].shape[2:])) * self._width(name)
+            row = int(np.prod(self._tensors[name].shape[2:])) * self._engine.width(name)
             sizes |= {f"{name}/{side}": tokens * row for side in (0, 1)}
         self._memory = cuda.Memory(sum(map(cuda.aligned, sizes.values())), "the cache, the inputs and the logits")
         self._buffers = self._memory.divide(sizes)
         return sum(nbytes for name, nbytes in sizes.items() if name.startswith(PAST))
-
-    def _width(self, name: str) -> int:
-        return np.dtype(self._tensors[name].dtype).itemsize
 
     @property
     def past(self) -> int:
@@ -139,7 +84,7 @@ class TensorRTSession(Session):
     @property
     def profile(self) -> str:
         """Name of the profile that the last call ran in."""
-        return self.info.profiles[self._profile].name
+        return self._engine.profile
 
     def reset(self) -> None:
         self._past = 0
@@ -155,7 +100,7 @@ class TensorRTSession(Session):
         self._execute(call, self._past)
         self._past, self._batch, self._side = self._past + sequence, batch, 1 - self._side
         vocabulary = self._tensors["logits"].shape[-1]
-        row = vocabulary * self._width("logits")
+        row = vocabulary * self._engine.width("logits")
         logits = np.empty((batch, vocabulary), self.dtype)
         last = self._buffers["logits"].address + (sequence - 1) * row
         cuda.read_rows(logits, last, sequence * row, self._stream)
@@ -171,8 +116,8 @@ class TensorRTSession(Session):
             self._execute(host, len(host[self._layers[0]]), extra)
             outputs = {}
             for name in (tensor.name for tensor in self.info.tensors if tensor.mode == "output"):
-                array = np.empty(tuple(self._context.get_tensor_shape(name)), self._tensors[name].dtype)
-                address = self._context.get_tensor_address(name)
+                array = np.empty(tuple(self._engine.context.get_tensor_shape(name)), self._tensors[name].dtype)
+                address = self._engine.context.get_tensor_address(name)
                 cuda.read_rows(array.reshape(1, -1), address, array.nbytes, self._stream)
                 outputs[name] = array
             return outputs
@@ -184,43 +129,31 @@ class TensorRTSession(Session):
     def _execute(self, call: Mapping[str, np.ndarray], past: int, extra: dict[str, cuda.Memory] | None = None) -> None:
         """Send the inputs of a call, bind the cache and enqueue. extra: takes buffers of further outputs."""
         batch, sequence = call["input_ids"].shape
-        wanted = profiles.find_profile(self.info.profiles, batch, sequence, past)
-        if wanted != self._profile:
-            self._must(self._context.set_optimization_profile_async(wanted, self._stream), "switch the profile")
-            self._profile = wanted
-        context = self._context
+        engine = self._engine
+        engine.select(batch, sequence, past)
         for name in STEP_INPUTS:
             array = np.ascontiguousarray(call[name], dtype=self._tensors[name].dtype)
             self._buffers[name].fill(array, self._stream)
-            self._must(context.set_input_shape(name, array.shape), f"take {name} of shape {array.shape}")
-            context.set_tensor_address(name, self._buffers[name].address)
+            engine.bind(name, self._buffers[name].address, array.shape)
         for name in self._layers:
             here, there = (self._buffers[f"{name}/{side}"].address for side in (self._side, 1 - self._side))
-            shape = (past, batch, *self._tensors[name].shape[2:])
-            self._must(context.set_input_shape(name, shape), f"take {name} of shape {shape}")
-            context.set_tensor_address(name, here)
-            context.set_tensor_address(name.replace(PAST, PRESENT), there)
-        context.set_tensor_address("logits", self._buffers["logits"].address)
+            engine.bind(name, here, (past, batch, *self._tensors[name].shape[2:]))
+            engine.bind(name.replace(PAST, PRESENT), there)
+        engine.bind("logits", self._buffers["logits"].address)
         for tensor in self._further_outputs() if extra is not None else ():
-            nbytes = int(np.prod(tuple(context.get_tensor_shape(tensor.name)))) * self._width(tensor.name)
+            nbytes = int(np.prod(tuple(engine.context.get_tensor_shape(tensor.name)))) * engine.width(tensor.name)
             assert extra is not None
             extra[tensor.name] = cuda.Memory(nbytes, tensor.name)
-            context.set_tensor_address(tensor.name, extra[tensor.name].address)
-        self._must(context.execute_async_v3(self._stream), "run the engine")
+            engine.bind(tensor.name, extra[tensor.name].address)
+        engine.enqueue()
 
     def _further_outputs(self) -> list[Tensor]:
         """Outputs that are neither logits nor cache: the tensors that `mark_layers` made visible."""
         outputs = (tensor for tensor in self.info.tensors if tensor.mode == "output")
         return [tensor for tensor in outputs if tensor.name != "logits" and not tensor.name.startswith(PRESENT)]
 
-    def _must(self, done: bool, what: str) -> None:
-        if not done:
-            said = self._log.errors.pop() if self._log.errors else "it gave no reason"
-            raise WorkbookError(f"TensorRT could not {what} ({' '.join(said.split())[:300]}).")
-
     def close(self) -> None:
         """Free everything on the GPU."""
         self._memory.free()
         self._buffers.clear()
-        self._context = self._engine = self._runtime = None
-        cuda.destroy_stream(self._stream)
+        self._engine.close()

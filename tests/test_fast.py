@@ -49,7 +49,7 @@ def test_the_graph_reads_every_weight_in_place_and_pins_nothing(walked: Checkpoi
         "input_ids": ["batch", "sequence"],
         "position_ids": ["batch", 2, "sequence"],
         "attention_mask": ["batch", 1, "sequence", "sequence"],
-        "cache_mask": ["batch", "chunks", 128],
+        "visible": ["batch", 2],
         **{name: ["chunks", "batch", heads, 128, size] for name in fast.cache_names(walked.num_layers)},
     }
     assert [value.name for value in model.graph.output] == [*fast.CHOICES, *fast.new_names(walked.num_layers)]
@@ -79,10 +79,11 @@ def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:
     session = open_plain(walked, "fp32")
     call = {
         "input_ids": np.array([[5, 9, walked.config["gmask_token_id"], walked.config["bos_token_id"]]] * 2),
-        "position_ids": np.zeros((2, 2, 4), np.int64),
+        "position_ids": np.array([[[0, 1, 2, 2], [0, 0, 0, 1]]] * 2),
         "attention_mask": np.zeros((2, 1, 4, 4), np.bool_),
     }
     out = session._advance(call)
+    assert out["next_position_ids"].tolist() == [[[2], [2]]] * 2 and out["next_visible"].tolist() == [[0, 4]] * 2
     order = np.argsort(-out["logits"], axis=-1, kind="stable")
     assert (out["next_token"][:, 0] == order[:, 0]).all() and (
         out["candidate_ids"] == order[:, : fast.CANDIDATES]
@@ -94,9 +95,9 @@ def test_a_score_that_is_no_number_makes_the_guards_token(walked: Checkpoint) ->
     """As upstream's processor of invalid scores: the whole batch says 5."""
     model = fast.load_decoder(walked)
     call = fast.example_inputs(walked.config, 2, 3, 1, torch.float32)
-    assert model(**call)[2].max() < 1e3
+    assert model(**call)[5].max() < 1e3
     call["cache"][0][1][0, 1, 0, 0, 0] = float("nan")  # of one row, and hidden: 0 times NaN is NaN
-    token, ids, scores, logits, *_ = model(**call)
+    token, _, _, ids, scores, logits, *_ = model(**call)
     assert token.flatten().tolist() == [5, 5] == ids[:, 0].tolist() and scores[:, 0].tolist() == [5e4, 5e4]
     assert logits.sum() == 1e5
 
@@ -120,7 +121,7 @@ def test_an_engine_with_profiles_in_chunks_is_built_without_a_gpu(walked: Checkp
     tensors = {tensor.name: tensor for tensor in report.info.tensors}
     assert tensors["cache.1.key"].profiles[0] == [[1, 1, 4, 128, 32], [1, 2, 4, 128, 32], [1, 8, 4, 128, 32]]
     assert tensors["cache.1.key"].profiles[1] == [[1, 1, 4, 128, 32], [3, 2, 4, 128, 32], [5, 8, 4, 128, 32]]
-    assert tensors["cache_mask"].profiles[1][1:] == [[2, 3, 128], [8, 5, 128]]
+    assert tensors["visible"].profiles[1][1:] == [[2, 2], [8, 2]]
     last = walked.max_length - 1
     assert tensors["attention_mask"].profiles[0][2] == [8, 1, last, last]
     path.write_bytes(path.read_bytes() + b"\0\0")
@@ -130,7 +131,7 @@ def test_an_engine_with_profiles_in_chunks_is_built_without_a_gpu(walked: Checkp
 
 def test_a_missing_graph_and_a_dtype_that_is_none(_random_master: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(_random_master)
-    with pytest.raises(WorkbookError, match=r"model.fp16.fast.onnx is missing: run `glmtrt export .* --fast`"):
+    with pytest.raises(WorkbookError, match=r"model.fp16.fast.onnx is missing: run .*`glmtrt export .* --fast`"):
         engines.build_engine(checkpoint, "fp16", onnx_path=export.onnx_path(checkpoint, "fp16", fast=True))
     with pytest.raises(WorkbookError, match="dtype 'int4' is not exported"):
         fast.export_fast(checkpoint, "int4")

@@ -29,17 +29,19 @@ def test_pieces_cover_every_row_once() -> None:
     assert [fast_session.chunks_of(n) for n in (0, 1, 128, 129, 256)] == [1, 1, 1, 2, 2]
 
 
-def test_masks_hide_padding_and_the_rest_of_the_last_chunk(checkpoint: Checkpoint) -> None:
+def test_the_mask_is_split_into_new_and_visible(checkpoint: Checkpoint) -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     call = feeds.prefill(checkpoint, [tokenizer.encode("a"), tokenizer.encode("the good dog")])
-    among, over = fast_session.masks(call, 0)
-    assert (among == call["attention_mask"]).all() and over.all() and over.shape == (2, 1, 128)
+    among, visible = fast_session.split_mask(call, 0)
+    assert (among == call["attention_mask"]).all() and visible.tolist() == [[0, 0], [0, 0]]
     length = call["input_ids"].shape[1]
-    padding = length - len(tokenizer.encode("a"))
-    among, over = fast_session.masks(feeds.decode(call, np.array([7, 8])), length)
+    among, visible = fast_session.split_mask(feeds.decode(call, np.array([7, 8])), length)
     assert among.shape == (2, 1, 1, 1) and not among.any()
-    visible = [np.flatnonzero(~row.reshape(-1)).tolist() for row in over]
-    assert visible == [list(range(padding, length)), list(range(length))]
+    assert visible.tolist() == [[length - len(tokenizer.encode("a")), length], [0, length]]
+    hole = feeds.decode(call, np.array([7, 8]))
+    hole["attention_mask"][1, 0, 0, 1] = True
+    with pytest.raises(WorkbookError, match="hides nothing of the cache but padding"):
+        fast_session.split_mask(hole, length)
 
 
 def test_a_long_batch_is_the_classical_one_across_chunks(checkpoint: Checkpoint) -> None:
