@@ -259,7 +259,7 @@ def chat(
     max_length: Annotated[int | None, typer.Option(help="prompt and answer together")] = None,
     drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, let the oldest rounds go")] = False,
     dtype: Dtype = "fp16",
-    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, on ort")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, on tensorrt or ort")] = False,
 ) -> None:
     """Chat with the model. Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
     from glmtrt_helpers import checkpoints, runtime, terminal
@@ -271,10 +271,8 @@ def chat(
     if checkpoint.is_random:
         print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
-    if backend is None and fast:
-        backend = "ort"
-    elif backend is None:
-        backend, why = runtime.best_backend(checkpoint, dtype)
+    if backend is None:
+        backend, why = runtime.best_backend(checkpoint, dtype, fast=fast)
         print(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""), file=sys.stderr)
     session = runtime.open_session(checkpoint, backend, dtype, fast=fast)
     try:

@@ -1,8 +1,9 @@
-"""The CUDA calls of the TensorRT session: memory, a stream, copies. Every status is checked."""
+"""The CUDA calls of the TensorRT sessions: memory, streams, copies, graphs. Every status is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from glmtrt_helpers.errors import WorkbookError
 
 TO_DEVICE = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
 TO_HOST = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+WITHIN = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
 ALIGNMENT = 256
 
 
@@ -63,6 +65,10 @@ class Memory:
         assert at <= self.address + self.nbytes
         return places
 
+    def clear(self) -> None:
+        """Zeros everywhere."""
+        check(cudart.cudaMemset(self.address, 0, self.nbytes), "clear memory")
+
     def free(self) -> None:
         if self.address:
             check(cudart.cudaFree(self.address), "free memory")
@@ -110,3 +116,91 @@ def synchronize(stream: Any) -> None:
 
 def destroy_stream(stream: Any) -> None:
     check(cudart.cudaStreamDestroy(stream), "destroy a stream")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a block of rows lies: address of the first, bytes from row to row, rows from one group to the next."""
+
+    address: int
+    pitch: int
+    rows: int
+
+
+def copy_block(target: Block, source: Block, width: int, height: int, depth: int, stream: Any) -> None:
+    """Copy depth groups of height rows of width bytes on the device, one call for all."""
+    one = cudart.cudaMemcpy3DParms()
+    one.srcPtr = cudart.make_cudaPitchedPtr(source.address, source.pitch, width, source.rows)
+    one.dstPtr = cudart.make_cudaPitchedPtr(target.address, target.pitch, width, target.rows)
+    one.extent = cudart.make_cudaExtent(width, height, depth)
+    one.kind = WITHIN
+    check(cudart.cudaMemcpy3DAsync(one, stream), "put new rows into the cache")
+
+
+def copy(target: Buffer, source: Buffer, nbytes: int, stream: Any) -> None:
+    """Copy the start of a buffer to another one's."""
+    check(cudart.cudaMemcpyAsync(target.address, source.address, nbytes, WITHIN, stream), "copy on the GPU")
+
+
+class Pinned:
+    """An array on the host that the GPU writes into while the program goes on."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str):
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.address = int(check(cudart.cudaMallocHost(nbytes), f"pin {nbytes} bytes of memory"))
+        memory = memoryview((ctypes.c_byte * nbytes).from_address(self.address))
+        self.array = np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
+
+    def receive(self, row: int, source: Buffer, stream: Any) -> None:
+        """Begin to copy into one row; it is there once an event behind it has come."""
+        width = self.array[row].nbytes
+        check(
+            cudart.cudaMemcpyAsync(self.address + row * width, source.address, width, TO_HOST, stream),
+            "copy a token from the GPU",
+        )
+
+    def free(self) -> None:
+        check(cudart.cudaFreeHost(self.address), "free pinned memory")
+
+
+def new_event() -> Any:
+    """A point in a stream, with its time."""
+    return check(cudart.cudaEventCreate(), "create an event")
+
+
+def mark(event: Any, stream: Any) -> None:
+    check(cudart.cudaEventRecord(event, stream), "mark a point in the stream")
+
+
+def wait(event: Any) -> None:
+    check(cudart.cudaEventSynchronize(event), "finish the work on the GPU")
+
+
+def elapsed_ms(first: Any, second: Any) -> float:
+    return float(check(cudart.cudaEventElapsedTime(first, second), "ask for the time between two points"))
+
+
+def destroy_event(event: Any) -> None:
+    check(cudart.cudaEventDestroy(event), "destroy an event")
+
+
+def capture(work: Callable[[], None], stream: Any) -> Any:
+    """What `work` enqueues on the stream, as a graph that `launch` runs at once; nothing runs now."""
+    mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    check(cudart.cudaStreamBeginCapture(stream, mode), "begin to capture a graph")
+    try:
+        work()
+    finally:
+        graph = check(cudart.cudaStreamEndCapture(stream), "capture a graph")
+    try:
+        return check(cudart.cudaGraphInstantiate(graph, 0), "make a graph")
+    finally:
+        check(cudart.cudaGraphDestroy(graph), "destroy a graph")
+
+
+def launch(graph: Any, stream: Any) -> None:
+    check(cudart.cudaGraphLaunch(graph, stream), "run a graph")
+
+
+def destroy_graph(graph: Any) -> None:
+    check(cudart.cudaGraphExecDestroy(graph), "destroy a graph")

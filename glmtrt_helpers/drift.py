@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from onnx import helper
 
-from glmtrt_helpers import pictures, runtime
+from glmtrt_helpers import pictures, runtime, slicing
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
@@ -127,7 +127,7 @@ def layer_errors(
     marked = path.with_name(path.stem + ".layers.onnx")
     try:
         points = mark_layers(path, marked, checkpoint.num_layers)
-        session = session or runtime.plain_session(checkpoint, marked)
+        session = session or slicing.plain_session(checkpoint, marked)
     finally:
         marked.unlink(missing_ok=True)
     fitted, why = fit(case, checkpoint.max_length)

@@ -11,7 +11,8 @@ import numpy as np
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.profiles import CHUNK
-from glmtrt_helpers.runtime import Limits, OrtSession, Session, plain_session
+from glmtrt_helpers.runtime import Limits, OrtSession, Session
+from glmtrt_helpers.slicing import plain_session
 
 
 def chunks_of(tokens: int) -> int:
@@ -71,7 +72,7 @@ class FastSession(Session):
         return {f"past_key_values.{name}": np.zeros(shape, self.dtype) for name in self._names}
 
     def step(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self._advance(call)["logits"].astype(np.float32)
+        return self._advance(call).astype(np.float32)
 
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """One call of forward with its past from the host; logits (batch, 1, vocabulary) of the last position."""
@@ -81,15 +82,15 @@ class FastSession(Session):
         first = past[self._names[0]]
         self._begin(first.shape[1])
         self._place({name: array.transpose(1, 2, 0, 3) for name, array in past.items()}, len(first))
-        outputs = self._advance(call)
+        logits = self._advance(call)
         self.reset()
+        rows = self._new_rows(call["input_ids"].shape[1])
         presents = {
-            f"present.{name}": np.concatenate([past[name], outputs[f"new.{name}"].transpose(2, 0, 1, 3)])
-            for name in self._names
+            f"present.{name}": np.concatenate([past[name], rows[name].transpose(2, 0, 1, 3)]) for name in self._names
         }
-        return {"logits": outputs["logits"][:, None], **presents}
+        return {"logits": logits[:, None], **presents}
 
-    def _advance(self, call: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _advance(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
         batch, length = call["input_ids"].shape
         if not self._past:
             self._begin(batch)
@@ -111,12 +112,19 @@ class FastSession(Session):
         """Put rows (batch, heads, length, d) behind those in the cache."""
 
     @abstractmethod
-    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """Run the decoder once and put the new rows into the cache; returns what came out."""
+    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
+        """Run the decoder once and put the new rows into the cache; returns the logits (batch, vocabulary)."""
+
+    @abstractmethod
+    def _new_rows(self, length: int) -> dict[str, np.ndarray]:
+        """The rows (batch, heads, length, d) that the last run of the decoder made."""
 
 
 class FastOrtSession(FastSession):
-    """The fast decoder in ONNX Runtime on the CPU: to try, and to check, what the engine computes."""
+    """The fast decoder in ONNX Runtime on the CPU: to try, and to check, what the engine computes.
+
+    outputs: all that came out of the last step.
+    """
 
     backend = "ort"
 
@@ -126,6 +134,7 @@ class FastOrtSession(FastSession):
         self.runner = runner
         self.limits = Limits(total=checkpoint.max_length)
         self._chunks: dict[str, np.ndarray] = {}
+        self.outputs: dict[str, np.ndarray] = {}
 
     def _begin(self, batch: int) -> None:
         self._past, self._batch = 0, batch
@@ -140,10 +149,10 @@ class FastOrtSession(FastSession):
                 self._chunks[name][chunk, :, :, there] = rows[name][:, :, here]
         self._past += length
 
-    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
         among_new, visible = split_mask(call, self._past)
         used = chunks_of(self._past)
-        outputs = self.runner.run(
+        self.outputs = self.runner.run(
             {
                 "input_ids": call["input_ids"],
                 "position_ids": call["position_ids"],
@@ -152,14 +161,21 @@ class FastOrtSession(FastSession):
                 **{f"cache.{name}": self._chunks[name][:used] for name in self._names},
             }
         )
-        self._place({name: outputs[f"new.{name}"] for name in self._names}, length)
-        return outputs
+        self._place(self._new_rows(length), length)
+        return self.outputs["logits"]
+
+    def _new_rows(self, length: int) -> dict[str, np.ndarray]:
+        return {name: self.outputs[f"new.{name}"] for name in self._names}
 
 
 def open_fast(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> FastSession:
-    """The session of a backend over `model.DTYPE.fast.onnx` of the working copy."""
+    """The session of a backend over the fast graph of the working copy, or over its engine."""
+    if backend == "tensorrt":
+        from glmtrt_helpers.fast_tensorrt import FastTensorRTSession
+
+        return FastTensorRTSession.open(checkpoint, dtype)
     if backend != "ort":
-        raise WorkbookError(f"the fast decoder does not run on {backend} yet: leave --fast out, or take --backend ort.")
+        raise WorkbookError(f"the fast decoder does not run on {backend}: leave --fast out, or take tensorrt or ort.")
     path = checkpoint.directory / f"model.{dtype}.fast.onnx"
     if not path.exists():
         raise WorkbookError(f"{path} is missing: run `glmtrt export {path.parent} --dtype {dtype} --fast`.")

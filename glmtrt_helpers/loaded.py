@@ -49,7 +49,8 @@ def limits(info: PlanInfo) -> Limits:
 class Engine:
     """weights, activations: bytes taken on the GPU. tensors: of the JSON, by name."""
 
-    def __init__(self, plan: Path, info: PlanInfo, package: packages.Package):
+    def __init__(self, plan: Path, info: PlanInfo, package: packages.Package, *, eager: bool = False):
+        """eager: wait for the kernels of each new shape, rather than begin with general ones (RTX)."""
         self.info = info
         self.tensors = {tensor.name: tensor for tensor in info.tensors}
         self._log = make_log(package.module)
@@ -57,7 +58,7 @@ class Engine:
         start = cuda.free_memory()
         self._runtime, self._engine = self._load(package, plan)
         loaded = cuda.free_memory()
-        self.context = self._make_context()
+        self.context = self._make_context(package.module, eager)
         self.weights, self.activations = start - loaded, loaded - cuda.free_memory()
         self._profile = 0
 
@@ -78,9 +79,12 @@ class Engine:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return runtime, engine
 
-    def _make_context(self) -> Any:
+    def _make_context(self, trt: Any, eager: bool) -> Any:
         """One context for all profiles; its activations are as large as the largest one needs."""
-        context = self._engine.create_execution_context(self._engine.create_runtime_config())
+        config = self._engine.create_runtime_config()
+        if eager and hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        context = self._engine.create_execution_context(config)
         if context is None:
             said = self._log.first_error()
             if "memory" in said.lower():

@@ -81,7 +81,7 @@ def write_info(plan: Path, info: PlanInfo) -> None:
 
 def read_info(plan: Path) -> PlanInfo:
     """The JSON beside a plan. Raises WorkbookError where either is missing or the JSON is not one of ours."""
-    again = f"run notebook 05_build_profiles or `glmtrt build {plan.parent}`"
+    again = f"run notebook 05_build_profiles or `glmtrt build {plan.parent}{' --fast' * ('.fast.' in plan.name)}`"
     if not plan.exists():
         raise WorkbookError(f"{plan} is missing: {again}.")
     path = info_path(plan)

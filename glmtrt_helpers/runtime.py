@@ -8,9 +8,8 @@ and only the scores of the next token come back. `tensorrt` is in `tensorrt_sess
 from __future__ import annotations
 
 import importlib.util
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,41 +148,11 @@ class OrtSession(Session):
         return dict(zip(self.output_names, outputs, strict=True))
 
 
-class SlicedOrtSession(OrtSession):
-    """ONNX Runtime over slices of the graph at `path`: some seconds a call, and a fraction of the memory."""
-
-    def __init__(self, path: str | Path, *, extra_outputs: Sequence[str] = (), slice_bytes: int | None = None):
-        from glmtrt_helpers import scopes, slicing
-
-        super().__init__(path, optimize=False, extra_outputs=extra_outputs)
-        self._slices: list[OrtSession] = []
-        for number, part in enumerate(slicing.cut(scopes.load_graph(path), slice_bytes or slicing.SLICE_BYTES)):
-            file = Path(path).with_name(f".{Path(path).stem}.{os.getpid()}.{number}.onnx")  # beside the weights
-            try:
-                file.write_bytes(part.SerializeToString())
-                self._slices.append(OrtSession(file, optimize=False))
-            finally:
-                file.unlink(missing_ok=True)
-
-    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        known = {name: np.ascontiguousarray(flat[name]) for name in self.inputs}
-        for number, part in enumerate(self._slices):
-            known |= part.run(known)
-            needed = {*self.output_names, *(name for later in self._slices[number + 1 :] for name in later.inputs)}
-            known = {name: array for name, array in known.items() if name in needed}
-        return {name: known[name] for name in self.output_names}
-
-
-def plain_session(checkpoint: Checkpoint, path: str | Path) -> OrtSession:
-    """ONNX Runtime over the graph as it is written, in memory that a laptop has."""
-    return SlicedOrtSession(path) if checkpoint.is_large else OrtSession(path, optimize=False)
-
-
 def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16", *, fast: bool = False) -> Session:
     """The session of a backend by name, over the files that the notebooks before left in the working copy.
 
     torch runs the source in fp32 where dtype is fp32, ort the exported graph, tensorrt the engine of dtype.
-    fast: the decoder of `fast`, through ort.
+    fast: the decoder of `fast`, through ort or tensorrt.
     """
     if fast:
         from glmtrt_helpers import fast_session
@@ -195,8 +164,10 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16", *, f
 
         return TorchSession(streaming.load_bounded(checkpoint, DTYPES[dtype]))
     if backend == "ort":
+        from glmtrt_helpers import slicing
+
         path = checkpoint.directory / f"model.{dtype}.onnx"
-        return plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path)
+        return slicing.plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path)
     if backend == "tensorrt":
         from glmtrt_helpers.tensorrt_session import TensorRTSession
 
@@ -204,27 +175,32 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16", *, f
     raise WorkbookError(f"{backend!r} is no backend of this workbook: choose {', '.join(BACKENDS)}.")
 
 
-def unavailable(checkpoint: Checkpoint, dtype: str = "fp16") -> dict[str, str]:
+def unavailable(checkpoint: Checkpoint, dtype: str = "fp16", *, fast: bool = False) -> dict[str, str]:
     """For every backend that cannot be opened here, why; without opening any."""
     reasons = {}
+    suffix = ".fast" if fast else ""
     try:
-        from glmtrt_helpers.tensorrt_session import TensorRTSession
+        from glmtrt_helpers.loaded import check_plan
 
-        TensorRTSession.check(checkpoint, dtype)
+        check_plan(checkpoint, checkpoint.directory / f"model.{dtype}{suffix}.plan")
     except WorkbookError as error:
         reasons["tensorrt"] = str(error)
     except ImportError as error:
         reasons["tensorrt"] = f"cuda-python does not load ({error}): see `glmtrt doctor`."
-    if not (checkpoint.directory / f"model.{dtype}.onnx").exists():
-        reasons["ort"] = f"model.{dtype}.onnx is missing: run notebook 03_export_onnx."
-    if importlib.util.find_spec("torch") is None:
+    graph = f"model.{dtype}{suffix}.onnx"
+    if not (checkpoint.directory / graph).exists():
+        how = f"`glmtrt export {checkpoint.directory} --fast`" if fast else "notebook 03_export_onnx"
+        reasons["ort"] = f"{graph} is missing: run {how}."
+    if fast:
+        reasons["torch"] = "the fast decoder is an exported graph."
+    elif importlib.util.find_spec("torch") is None:
         reasons["torch"] = "PyTorch is not installed."
     return reasons
 
 
-def best_backend(checkpoint: Checkpoint, dtype: str = "fp16") -> tuple[str, str]:
+def best_backend(checkpoint: Checkpoint, dtype: str = "fp16", *, fast: bool = False) -> tuple[str, str]:
     """The fastest backend that can be opened here, and why no faster one."""
-    missing = unavailable(checkpoint, dtype)
+    missing = unavailable(checkpoint, dtype, fast=fast)
     # ONNX Runtime casts every weight at every call; of a large checkpoint it runs slices, and PyTorch is faster.
     order = ("tensorrt", "torch", "ort") if checkpoint.is_large else ("tensorrt", "ort", "torch")
     for backend in order:
@@ -258,13 +234,24 @@ def generate(
     call = feeds.prefill(checkpoint, prompts)
     open_rows = np.ones(len(prompts), dtype=np.bool_)
     session.reset()
-    for _ in range(max(len(prompt) for prompt in prompts), limit):
-        tokens = np.where(open_rows, choose(session.step(call)), pad)
-        open_rows &= tokens != eop
-        if not open_rows.any():
-            return
-        yield [int(token) if is_open else None for token, is_open in zip(tokens, open_rows, strict=True)]
-        call = feeds.decode(call, tokens)
+    follow = getattr(session, "follow", None) if choose is take_best else None
+    following: Generator[np.ndarray] | None = None
+    try:
+        for _ in range(max(len(prompt) for prompt in prompts), limit):
+            if following is None:
+                chosen = choose(session.step(call))
+                following = follow() if follow else None  # from here on the session feeds itself
+            if following is not None:
+                chosen = next(following)
+            tokens = np.where(open_rows, chosen, pad)
+            open_rows &= tokens != eop
+            if not open_rows.any():
+                return
+            yield [int(token) if is_open else None for token, is_open in zip(tokens, open_rows, strict=True)]
+            call = feeds.decode(call, tokens)
+    finally:
+        if following is not None:
+            following.close()
 
 
 def check_prompts(session: Session, prompts: Sequence[Sequence[int]], limit: int) -> None:

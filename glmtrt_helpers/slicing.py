@@ -5,11 +5,18 @@ makes all of them first: 18 GB for the real model. A slice is a run of nodes wit
 only activations are kept, which the cuts round to the dtype of the graph.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
+
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.runtime import OrtSession
+from glmtrt_helpers.scopes import load_graph
 
 SLICE_BYTES = 600_000_000  # of weights in a slice; a vocabulary matrix of the real model is 1.07 GB by itself
 
@@ -84,3 +91,31 @@ def _group(units: list[list[onnx.NodeProto]], sizes: Mapping[str, int], limit: i
         seen |= fresh
         parts[-1] += unit
     return parts
+
+
+class SlicedOrtSession(OrtSession):
+    """ONNX Runtime over slices of the graph at `path`: some seconds a call, and a fraction of the memory."""
+
+    def __init__(self, path: str | Path, *, extra_outputs: Sequence[str] = (), slice_bytes: int | None = None):
+        super().__init__(path, optimize=False, extra_outputs=extra_outputs)
+        self._slices: list[OrtSession] = []
+        for number, part in enumerate(cut(load_graph(path), slice_bytes or SLICE_BYTES)):
+            file = Path(path).with_name(f".{Path(path).stem}.{os.getpid()}.{number}.onnx")  # beside the weights
+            try:
+                file.write_bytes(part.SerializeToString())
+                self._slices.append(OrtSession(file, optimize=False))
+            finally:
+                file.unlink(missing_ok=True)
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        known = {name: np.ascontiguousarray(flat[name]) for name in self.inputs}
+        for number, part in enumerate(self._slices):
+            known |= part.run(known)
+            needed = {*self.output_names, *(name for later in self._slices[number + 1 :] for name in later.inputs)}
+            known = {name: array for name, array in known.items() if name in needed}
+        return {name: known[name] for name in self.output_names}
+
+
+def plain_session(checkpoint: Checkpoint, path: str | Path) -> OrtSession:
+    """ONNX Runtime over the graph as it is written, in memory that a laptop has."""
+    return SlicedOrtSession(path) if checkpoint.is_large else OrtSession(path, optimize=False)

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from glmtrt_helpers import checkpoints, configs, export, graphs, runtime
+from glmtrt_helpers import checkpoints, configs, export, graphs, runtime, slicing
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.references import (
@@ -100,7 +100,7 @@ def verify(
         else:
             fitting.append((fitted, why))
     ready = references(checkpoint, dtype, [case for case, _ in fitting], progress=progress)
-    session = session or runtime.plain_session(checkpoint, path)
+    session = session or slicing.plain_session(checkpoint, path)
     for one, (_, why) in zip(ready, fitting, strict=True):
         progress(f"{path.name}: {one.case.name}")
         row = _compare(one, session, session.arithmetic or dtype)
@@ -123,7 +123,7 @@ def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | N
             f"{path} was exported from another state of {checkpoint.code.name} than the one beside it, which was "
             f"patched or replaced since: run notebook 03_export_onnx or `glmtrt export {checkpoint.directory}` again."
         )
-    layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
+    layers = sum(value.name.startswith(("present.", "new.")) for value in model.graph.output) // 2
     shapes = configs.expected_shapes(checkpoint.config)
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
     if layers != checkpoint.num_layers or other:

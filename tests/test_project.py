@@ -57,7 +57,6 @@ def test_every_module_has_its_test_file() -> None:
         "compat",
         "progress",
         "cli_bench",
-        "loaded",
         "configs",
         "classical",
         "shards",

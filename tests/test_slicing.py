@@ -24,7 +24,7 @@ def checkpoint(tiny_random: Path) -> Checkpoint:
 def test_slices_give_the_numbers_of_the_whole(checkpoint: Checkpoint, dtype: str, slice_bytes: int) -> None:
     path = export.onnx_path(checkpoint, dtype)
     whole = runtime.OrtSession(path, optimize=False)
-    sliced = runtime.SlicedOrtSession(path, slice_bytes=slice_bytes)
+    sliced = slicing.SlicedOrtSession(path, slice_bytes=slice_bytes)
     for batch, sequence, past in ((1, 5, 0), (2, 1, 9)):
         flat = inputs.example_inputs(checkpoint, batch, sequence, past, export.DTYPES[dtype])
         wanted, got = whole.run(flat), sliced.run(flat)
@@ -59,7 +59,7 @@ def test_a_large_checkpoint_gets_slices_and_prefers_pytorch(
 ) -> None:
     monkeypatch.setattr(packages, "gpus", list)
     assert runtime.best_backend(checkpoint)[0] == "ort"
-    assert not isinstance(runtime.open_session(checkpoint, "ort"), runtime.SlicedOrtSession)
+    assert not isinstance(runtime.open_session(checkpoint, "ort"), slicing.SlicedOrtSession)
     monkeypatch.setattr(checkpoints, "LARGE_BYTES", 1000)
-    assert isinstance(runtime.open_session(checkpoint, "ort"), runtime.SlicedOrtSession)
+    assert isinstance(runtime.open_session(checkpoint, "ort"), slicing.SlicedOrtSession)
     assert runtime.best_backend(checkpoint)[0] == "torch"

@@ -128,6 +128,7 @@ class Changed:
 
     dtype = torch.float32
     arithmetic = None
+    last_only = False
 
     def __init__(self, session: runtime.OrtSession, change: Callable[[dict[str, torch.Tensor]], None]):
         self.session, self.change = session, change
