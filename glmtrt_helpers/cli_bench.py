@@ -1,18 +1,66 @@
-"""The commands of `glmtrt bench`."""
+"""The commands of `glmtrt bench`: `glmtrt bench DIR` measures speed, `glmtrt bench memory DIR` memory."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from glmtrt_helpers.progress import say
 
-app = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
+
+class _SpeedByDefault(TyperGroup):
+    """A first word that names no command is the folder that `speed` measures."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["speed", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_SpeedByDefault, no_args_is_help=True, help="Measure, on this machine.")
+Directory = Annotated[Path, typer.Argument(help="a working copy, models/run/NAME")]
+
+
+@app.command()
+def speed(
+    directory: Directory,
+    dtype: Annotated[str, typer.Option(help="fp16 or fp32")] = "fp16",
+    output: Annotated[Path | None, typer.Option(help="keep the measurement as JSON")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="only these; all that run here by default")] = None,
+    past: Annotated[list[int] | None, typer.Option(help="tokens in the cache of a decode")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="tokens of a prefill")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="rows of a decode at past 512")] = None,
+    samples: Annotated[int, typer.Option(help="of each measurement")] = 30,
+) -> None:
+    """Milliseconds of prefill and decode in everything that runs here, beside what the hardware allows at best."""
+    from glmtrt_helpers import checkpoints
+    from glmtrt_helpers import speed as benchmarks
+    from glmtrt_helpers.pictures import print_table
+
+    checkpoint = checkpoints.open_checkpoint(directory)
+    given = (past is not None, prompt is not None, batch is not None)
+    chosen = (past or (), prompt or (), batch or ()) if any(given) else ()
+    report = benchmarks.measure(
+        checkpoint, dtype, benchmarks.sizes(checkpoint, *chosen), only=engine or (), samples=samples, progress=say
+    )
+    columns = ["engine", "phase", "batch", "tokens", "ms", "tokens a second", "of the floor"]
+    rows = [
+        (r.engine, r.phase, r.batch, r.past, r.median_ms, r.tokens_per_s, f"{r.floor_fraction:.2f}")
+        for r in report.rows
+    ]
+    print_table(columns, rows, f"{report.copy_bandwidth_gb_s:.0f} GB/s, {report.matrix_tflop_s:.2f} TFLOP/s")
+    for what, why in report.missing.items():
+        print(f"not measured: {what}: {why}", file=sys.stderr)
+    if output:
+        benchmarks.save(output, checkpoint, report, "glmtrt " + shlex.join(sys.argv[1:]))
 
 
 @app.command()
 def memory(
-    directory: Annotated[Path, typer.Argument(help="a working copy, models/run/NAME")],
+    directory: Directory,
     output: Annotated[Path | None, typer.Option(help="keep the measurement as JSON")] = None,
     phase: Annotated[list[str] | None, typer.Option(help="only these: inputs, patch, export, build, verify")] = None,
 ) -> None:

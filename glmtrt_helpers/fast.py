@@ -70,6 +70,16 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(hidden, 3 * hidden)
         self.dense = nn.Linear(hidden, hidden)
 
+    def project(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Query and key, both turned, and value, (batch, heads, S, d) each."""
+        batch, length, hidden = x.shape
+        size = hidden // self.heads
+        mixed = self.query_key_value(x).view(batch, length, self.heads, 3, size)
+        turned = mixed[:, :, :, :2]
+        first, second, third, fourth = turned.split(size // 4, dim=-1)
+        turned = turned * turn[0] + torch.cat([second, first, fourth, third], dim=-1) * turn[1]
+        return [part.transpose(1, 2) for part in (turned[:, :, :, 0], turned[:, :, :, 1], mixed[:, :, :, 2])]
+
     def forward(
         self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], masks: tuple[torch.Tensor, torch.Tensor],
         past: tuple[torch.Tensor, torch.Tensor],
@@ -79,14 +89,9 @@ class Attention(nn.Module):
         masks, True = hidden: (chunks, batch, 1, 1, 128) over the cache, (batch, 1, S or 1, S) among the new tokens.
         Returns the attention (batch, S or 1, H), and the new keys and values (batch, heads, S, d).
         """
-        batch, length, hidden = x.shape
+        batch, _, hidden = x.shape
         size = hidden // self.heads
-        mixed = self.query_key_value(x).view(batch, length, self.heads, 3, size)
-        turned = mixed[:, :, :, :2]
-        first, second, third, fourth = turned.split(size // 4, dim=-1)
-        turned = turned * turn[0] + torch.cat([second, first, fourth, third], dim=-1) * turn[1]
-        query, key = (turned[:, :, :, part].transpose(1, 2) for part in (0, 1))
-        value = mixed[:, :, :, 2].transpose(1, 2)
+        query, key, value = self.project(x, turn)
         if self.last:
             query = query[:, :, -1:]
         query = query / (math.sqrt(size) * (self.layer + 1))  # the layer's number keeps fp16 scores from overflowing
@@ -159,6 +164,11 @@ class FastDecoder(nn.Module):
             self.slots = torch.arange(-(-config["max_sequence_length"] // CHUNK) * CHUNK).view(-1, 1, 1, 1, CHUNK)
         self.guard[GUARD_ID] = GUARD_SCORE
 
+    def turn(self, position_ids: torch.Tensor) -> Sequence[torch.Tensor]:
+        """cos and sin of both positions, (batch, S, 1, 1, d) each."""
+        picked = ([F.embedding(position_ids[:, row], table) for row in (0, 1)] for table in self.tables)
+        return [torch.cat(halves, dim=-1)[:, :, None, None] for halves in picked]
+
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor,
         visible: torch.Tensor, cache: Cache,
@@ -173,8 +183,7 @@ class FastDecoder(nn.Module):
         follows, candidate_ids and candidate_scores (batch, 64), logits (batch, vocabulary) of the last position, and
         for every layer the new keys and values (batch, heads, S, d).
         """
-        cos, sin = (torch.cat([F.embedding(position_ids[:, row], table) for row in (0, 1)], dim=-1)[:, :, None, None]
-                    for table in self.tables)  # fmt: skip
+        cos, sin = self.turn(position_ids)
         slots = self.slots[: cache[0][0].shape[0]]
         first, end = (visible[:, number, None, None, None] for number in (0, 1))
         over_cache = (slots < first) | (slots >= end)
@@ -212,10 +221,12 @@ def example_inputs(
     }
 
 
-def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> FastDecoder:
-    """The decoder with the checkpoint's weights, for trying it in PyTorch; in their own dtype they stay mapped."""
+def load_decoder(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kind: type[FastDecoder] = FastDecoder
+) -> FastDecoder:
+    """A decoder with the checkpoint's weights, for PyTorch; in their own dtype they stay mapped."""
     with torch.device("meta"):
-        model = FastDecoder(checkpoint.config, dtype)
+        model = kind(checkpoint.config, dtype)
     model.load_state_dict(checkpoints.read_tensors(checkpoint, list(model.state_dict()), dtype), assign=True)
     return model.eval()
 

@@ -39,9 +39,9 @@ def split_mask(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, n
     sees, all but the padding at its left. Raises WorkbookError for another mask.
     """
     mask = np.asarray(call["attention_mask"])
-    hidden = mask[:, 0, -1, :past]
-    first = hidden.sum(axis=-1)
-    if (hidden != (np.arange(past) < first[:, None])).any():
+    hidden = mask[:, 0, -1]
+    first = hidden.argmin(axis=-1)  # of a prompt, too, for what is padding in it will be padding in the cache
+    if (hidden[:, :past] != (np.arange(past) < first[:, None])).any():
         raise WorkbookError(
             "the fast decoder hides nothing of the cache but padding at its left: take the classical one."
         )

@@ -16,11 +16,10 @@ import numpy as np
 
 from glmtrt_helpers import cuda, packages
 from glmtrt_helpers.checkpoints import Checkpoint
-from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.fast_session import FastSession, chunks_of, pieces, split_mask
 from glmtrt_helpers.loaded import Engine, check_plan, limits
 from glmtrt_helpers.plans import PlanInfo
-from glmtrt_helpers.profiles import CHUNK, Memory
+from glmtrt_helpers.profiles import CHUNK, Memory, find_profile
 
 STEP_INPUTS = ("input_ids", "position_ids", "attention_mask", "visible")
 # What comes out of a step and goes into the next one.
@@ -41,7 +40,7 @@ class FastTensorRTSession(FastSession):
 
     def __init__(self, checkpoint: Checkpoint, plan: Path, info: PlanInfo, package: packages.Package):
         self._engine = Engine(plan, info, package, eager=True)
-        self._stream = self._engine.stream
+        self.stream = self._engine.stream
         super().__init__(checkpoint, np.dtype(self._engine.tensors["logits"].dtype))
         self.info = info
         self.arithmetic = "tf32" if info.dtype == "fp32" and info.tf32 else None
@@ -49,6 +48,7 @@ class FastTensorRTSession(FastSession):
         self._row = checkpoint.head_size * self.dtype.itemsize  # bytes of a token in one head
         self._graphs: dict[tuple[int, int], Any] = {}
         self._seen: set[tuple[int, int]] = set()
+        self._last = (1, 1, 0)  # batch, tokens and past of the last step
         ready = cuda.free_memory()
         cache = self._allocate()
         self.measured = Memory(
@@ -77,9 +77,18 @@ class FastTensorRTSession(FastSession):
         return self._slots.nbytes
 
     def _begin(self, batch: int) -> None:
-        if batch > self.limits.batch:
-            raise WorkbookError(f"{batch} rows are more than the {self.limits.batch} that the engine was built for.")
+        find_profile(self.info.profiles, batch, 1, 0)  # or there is no room for so many rows
         self._past, self._batch = 0, batch
+
+    @property
+    def profile(self) -> str:
+        """Name of the profile that the last step ran in."""
+        return self.info.profiles[find_profile(self.info.profiles, *self._last)].name
+
+    def pretend(self, batch: int, past: int) -> None:
+        """Take what lies in the cache for so many tokens of so many rows: for measuring."""
+        self._begin(batch)
+        self._past = past
 
     def _source(self, length: int) -> cuda.Block:
         """New rows of `length` tokens, of the first tensor; the next tensor follows where its address is aligned."""
@@ -103,7 +112,7 @@ class FastTensorRTSession(FastSession):
                 (here.stop - here.start) * self._row,
                 heads,
                 len(self._names),
-                self._stream,
+                self.stream,
             )
         self._past += length
 
@@ -114,7 +123,7 @@ class FastTensorRTSession(FastSession):
             count = min(longest, length - start)
             for number, name in enumerate(self._names):
                 piece = np.ascontiguousarray(rows[name][:, :, start : start + count])
-                cuda.Buffer(self._new_address(number, count), piece.nbytes).fill(piece, self._stream)
+                cuda.Buffer(self._new_address(number, count), piece.nbytes).fill(piece, self.stream)
             self._put(count)
 
     def _bind(self, length: int) -> None:
@@ -133,19 +142,24 @@ class FastTensorRTSession(FastSession):
             self._engine.bind(f"new.{name}", self._new_address(number, length))
 
     def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
+        self.enqueue(call, length)
+        return self._read("logits", (self._batch, self.checkpoint.vocab_size))
+
+    def enqueue(self, call: Mapping[str, np.ndarray], length: int) -> None:
+        """Send the inputs of a step of `length` tokens, run it, put its rows into the cache; waits for nothing."""
         among_new, visible = split_mask(call, self._past)
         self._bind(length)
         for name, array in {**call, "attention_mask": among_new, "visible": visible}.items():
             if name in STEP_INPUTS:
                 dtype = self._engine.tensors[name].dtype
-                self._buffers[name].fill(np.ascontiguousarray(array, dtype), self._stream)
+                self._buffers[name].fill(np.ascontiguousarray(array, dtype), self.stream)
+        self._last = self._batch, length, self._past
         self._engine.enqueue()
         self._put(length)
-        return self._read("logits", (self._batch, self.checkpoint.vocab_size))
 
     def _read(self, name: str, shape: tuple[int, ...], address: int | None = None) -> np.ndarray:
         array = np.empty(shape, self.dtype if name == "new" else self._engine.tensors[name].dtype)
-        cuda.read_rows(array.reshape(1, -1), address or self._buffers[name].address, array.nbytes, self._stream)
+        cuda.read_rows(array.reshape(1, -1), address or self._buffers[name].address, array.nbytes, self.stream)
         return array
 
     def _new_rows(self, length: int) -> dict[str, np.ndarray]:
@@ -167,9 +181,9 @@ class FastTensorRTSession(FastSession):
             while True:
                 while asked <= given + AHEAD and (asked == 0 or self._past < self.limits.total):
                     if asked:
-                        self._decode()
-                    tokens.receive(asked % (AHEAD + 1), self._buffers["next_token"], self._stream)
-                    cuda.mark(events[asked % (AHEAD + 1)], self._stream)
+                        self.decode()
+                    tokens.receive(asked % (AHEAD + 1), self._buffers["next_token"], self.stream)
+                    cuda.mark(events[asked % (AHEAD + 1)], self.stream)
                     asked += 1
                 if given == asked:
                     return
@@ -178,7 +192,7 @@ class FastTensorRTSession(FastSession):
                 given += 1
                 yield token
         finally:
-            cuda.synchronize(self._stream)
+            cuda.synchronize(self.stream)
             for event in events:
                 cuda.destroy_event(event)
             tokens.free()
@@ -187,23 +201,24 @@ class FastTensorRTSession(FastSession):
         """Make what came out of a step the inputs of the next one."""
         for source, target in FED.items():
             nbytes = {"next_token": 8, "next_position_ids": 16, "next_visible": 16}[source] * self._batch
-            cuda.copy(self._buffers[target], self._buffers[source], nbytes, self._stream)
+            cuda.copy(self._buffers[target], self._buffers[source], nbytes, self.stream)
 
     def _clear_mask(self) -> None:
         """A single new token sees itself."""
-        self._buffers["attention_mask"].fill(np.zeros(self._batch, np.bool_), self._stream)
+        self._buffers["attention_mask"].fill(np.zeros(self._batch, np.bool_), self.stream)
 
-    def _decode(self) -> None:
+    def decode(self) -> None:
         """One step of one token, whose inputs lie in their place. The first with these shapes runs as it is, for what
         TensorRT prepares then is not to be captured; the second is captured, and from then on its graph runs.
         """
         key = self._batch, chunks_of(self._past)
+        self._last = self._batch, 1, self._past
         if key in self._graphs:
-            cuda.launch(self._graphs[key], self._stream)
+            cuda.launch(self._graphs[key], self.stream)
         elif key in self._seen:
             self._bind(1)
-            self._graphs[key] = cuda.capture(self._step_of_one, self._stream)
-            cuda.launch(self._graphs[key], self._stream)
+            self._graphs[key] = cuda.capture(self._step_of_one, self.stream)
+            cuda.launch(self._graphs[key], self.stream)
         else:
             self._seen.add(key)
             self._bind(1)

@@ -8,6 +8,7 @@ that `choose` returns.
 import importlib
 import importlib.metadata
 import os
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,16 @@ class Package:
     version: str
     module: Any
     reason: str
+
+
+def driver_version() -> str | None:
+    """As in "580.159.04"; None without a driver, or without the nvidia-smi that comes with it."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
 
 
 def gpus() -> list[Gpu]:

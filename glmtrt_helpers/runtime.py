@@ -106,7 +106,7 @@ class TorchSession(Session):
 
 
 class OrtSession(Session):
-    """A bare ONNX Runtime session on the CPU.
+    """A bare ONNX Runtime session, on the CPU unless `providers` say otherwise.
 
     optimize: ONNX Runtime's default optimisations copy fp16 weights into fp32; without them the weights stay mapped.
     extra_outputs: further outputs that the model at `path` declares, beside those of `inputs.output_names`.
@@ -114,7 +114,14 @@ class OrtSession(Session):
 
     backend = "ort"
 
-    def __init__(self, path: str | Path, *, optimize: bool = True, extra_outputs: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        optimize: bool = True,
+        extra_outputs: Sequence[str] = (),
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ):
         import onnxruntime
 
         path = Path(path)
@@ -126,7 +133,7 @@ class OrtSession(Session):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what a run took goes back at its end
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise WorkbookError(f"ONNX Runtime does not load {path}: {first}; export it again.") from error
@@ -234,7 +241,8 @@ def generate(
     call = feeds.prefill(checkpoint, prompts)
     open_rows = np.ones(len(prompts), dtype=np.bool_)
     session.reset()
-    follow = getattr(session, "follow", None) if choose is take_best else None
+    is_greedy = choose is take_best or getattr(choose, "is_greedy", False)
+    follow = getattr(session, "follow", None) if is_greedy else None
     following: Generator[np.ndarray] | None = None
     try:
         for _ in range(max(len(prompt) for prompt in prompts), limit):

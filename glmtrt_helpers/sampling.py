@@ -47,6 +47,11 @@ class Sampler:
         self.blank_id = blank_id
         self._random = np.random.default_rng(sampling.seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Always the best token: a session that chooses it by itself may go on without asking."""
+        return self.sampling.greedy
+
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Ids (batch,) int64 for scores (batch, vocabulary)."""
         scores = guard(scores, self.blank_id)

@@ -25,7 +25,7 @@ PAST, PRESENT = "past_key_values.", "present."
 
 
 class TensorRTSession(Session):
-    """An engine with its execution context, one stream and all its buffers. measured: bytes taken on the GPU."""
+    """An engine with its execution context, a stream and all its buffers. measured: bytes taken on the GPU."""
 
     backend = "tensorrt"
 
@@ -43,7 +43,7 @@ class TensorRTSession(Session):
 
     def __init__(self, plan: Path, info: PlanInfo, package: packages.Package):
         self._engine = Engine(plan, info, package)
-        self.info, self._stream = info, self._engine.stream
+        self.info, self.stream = info, self._engine.stream
         self._tensors = self._engine.tensors
         self._layers = [name for name in self._tensors if name.startswith(PAST)]
         self.dtype = np.dtype(self._tensors["logits"].dtype)
@@ -97,28 +97,28 @@ class TensorRTSession(Session):
         batch, sequence = call["input_ids"].shape
         if self._past and batch != self._batch:
             raise WorkbookError(f"the cache holds {self._batch} rows, the call has {batch}: reset the session first.")
-        self._execute(call, self._past)
+        self.enqueue(call, self._past)
         self._past, self._batch, self._side = self._past + sequence, batch, 1 - self._side
         vocabulary = self._tensors["logits"].shape[-1]
         row = vocabulary * self._engine.width("logits")
         logits = np.empty((batch, vocabulary), self.dtype)
         last = self._buffers["logits"].address + (sequence - 1) * row
-        cuda.read_rows(logits, last, sequence * row, self._stream)
+        cuda.read_rows(logits, last, sequence * row, self.stream)
         return logits.astype(np.float32)
 
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """One call with its past from the host and every output back on it; forgets the cache."""
         host = {name: np.ascontiguousarray(value) for name, value in flat.items()}
         for name in self._layers:
-            self._buffers[f"{name}/{self._side}"].fill(host[name], self._stream)
+            self._buffers[f"{name}/{self._side}"].fill(host[name], self.stream)
         extra: dict[str, cuda.Memory] = {}
         try:
-            self._execute(host, len(host[self._layers[0]]), extra)
+            self.enqueue(host, len(host[self._layers[0]]), extra)
             outputs = {}
             for name in (tensor.name for tensor in self.info.tensors if tensor.mode == "output"):
                 array = np.empty(tuple(self._engine.context.get_tensor_shape(name)), self._tensors[name].dtype)
                 address = self._engine.context.get_tensor_address(name)
-                cuda.read_rows(array.reshape(1, -1), address, array.nbytes, self._stream)
+                cuda.read_rows(array.reshape(1, -1), address, array.nbytes, self.stream)
                 outputs[name] = array
             return outputs
         finally:
@@ -126,14 +126,14 @@ class TensorRTSession(Session):
                 memory.free()
             self.reset()
 
-    def _execute(self, call: Mapping[str, np.ndarray], past: int, extra: dict[str, cuda.Memory] | None = None) -> None:
+    def enqueue(self, call: Mapping[str, np.ndarray], past: int, extra: dict[str, cuda.Memory] | None = None) -> None:
         """Send the inputs of a call, bind the cache and enqueue. extra: takes buffers of further outputs."""
         batch, sequence = call["input_ids"].shape
         engine = self._engine
         engine.select(batch, sequence, past)
         for name in STEP_INPUTS:
             array = np.ascontiguousarray(call[name], dtype=self._tensors[name].dtype)
-            self._buffers[name].fill(array, self._stream)
+            self._buffers[name].fill(array, self.stream)
             engine.bind(name, self._buffers[name].address, array.shape)
         for name in self._layers:
             here, there = (self._buffers[f"{name}/{side}"].address for side in (self._side, 1 - self._side))

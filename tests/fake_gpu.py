@@ -114,6 +114,9 @@ class FakeCuda:
     cudaStreamSynchronize = cudaStreamDestroy = cudaEventRecord = cudaEventSynchronize = cudaEventDestroy = _nothing
     cudaGraphDestroy = cudaGraphExecDestroy = _nothing
 
+    def cudaEventElapsedTime(self, first: Any, second: Any) -> tuple[Any, ...]:
+        return (*OK, 2.0)
+
     def cudaEventCreate(self) -> tuple[Any, ...]:
         return (*OK, "event")
 

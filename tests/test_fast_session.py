@@ -33,8 +33,9 @@ def test_the_mask_is_split_into_new_and_visible(checkpoint: Checkpoint) -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     call = feeds.prefill(checkpoint, [tokenizer.encode("a"), tokenizer.encode("the good dog")])
     among, visible = fast_session.split_mask(call, 0)
-    assert (among == call["attention_mask"]).all() and visible.tolist() == [[0, 0], [0, 0]]
+    assert (among == call["attention_mask"]).all() and visible[1].tolist() == [0, 0]
     length = call["input_ids"].shape[1]
+    assert visible[0].tolist() == [length - len(tokenizer.encode("a")), 0], "padding is known before it is cached"
     among, visible = fast_session.split_mask(feeds.decode(call, np.array([7, 8])), length)
     assert among.shape == (2, 1, 1, 1) and not among.any()
     assert visible.tolist() == [[length - len(tokenizer.encode("a")), length], [0, length]]
@@ -81,6 +82,10 @@ def test_a_cache_that_is_full_or_of_other_rows(checkpoint: Checkpoint) -> None:
 def test_what_is_missing_is_named(checkpoint: Checkpoint) -> None:
     with pytest.raises(WorkbookError, match=r"model.fp16.fast.onnx is missing: .* --dtype fp16 --fast"):
         runtime.open_session(checkpoint, "ort", "fp16", fast=True)
-    with pytest.raises(WorkbookError, match="the fast decoder does not run on tensorrt yet"):
+    with pytest.raises(WorkbookError, match=r"model.fp32.fast.plan is missing.*--fast`"):
         runtime.open_session(checkpoint, "tensorrt", "fp32", fast=True)
+    with pytest.raises(WorkbookError, match="the fast decoder does not run on torch"):
+        runtime.open_session(checkpoint, "torch", "fp32", fast=True)
+    assert set(runtime.unavailable(checkpoint, fast=True)) == {"torch", "ort", "tensorrt"}
+    assert runtime.best_backend(checkpoint, "fp32", fast=True)[0] == "ort"
     assert not export.onnx_path(checkpoint, "fp16", fast=True).exists()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from glmtrt_helpers import (
     drift,
     engines,
     export,
+    fast,
     feeds,
     graphs,
     packages,
@@ -36,6 +38,7 @@ from glmtrt_helpers import (
 from glmtrt_helpers.chat import Chat
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.fast_tensorrt import FastTensorRTSession
 from glmtrt_helpers.profiles import Profile, Range
 from glmtrt_helpers.references import Case
 from glmtrt_helpers.sampling import Sampling
@@ -45,6 +48,7 @@ from glmtrt_helpers.tensorrt_session import TensorRTSession
 pytestmark = pytest.mark.gpu
 
 BATCH = Range(1, 1, 4)
+Opened = TensorRTSession | FastTensorRTSession
 # Everything that `references.CASES` asks for, in one box; a chat's two boxes have no chunk on a past.
 ANYTHING = [Profile("anything", BATCH, Range(1, 8, 64), Range(0, 64, 2047))]
 
@@ -57,13 +61,18 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     checkpoint = checkpoints.open_checkpoint(directory)
     for dtype in ("fp16", "fp32"):
         export.export_model(checkpoint, dtype)
-        engines.build_engine(checkpoint, dtype, profiles.chat_profiles(checkpoint, BATCH))
+        fast.export_fast(checkpoint, dtype)
+        for is_fast in (False, True):
+            path = export.onnx_path(checkpoint, dtype, fast=is_fast)
+            engines.build_engine(checkpoint, dtype, profiles.chat_profiles(checkpoint, BATCH), onnx_path=path)
     return checkpoint
 
 
-@pytest.fixture(scope="module", params=["fp16", "fp32"])
-def session(walked: Checkpoint, request: pytest.FixtureRequest) -> Iterator[TensorRTSession]:
-    opened = TensorRTSession.open(walked, request.param)
+@pytest.fixture(scope="module", params=["fp16", "fp32", "fp16 fast", "fp32 fast"])
+def session(walked: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Opened]:
+    """Both engines: what holds of the classical one has to hold of the fast one."""
+    dtype, *is_fast = request.param.split()
+    opened: Any = runtime.open_session(walked, "tensorrt", dtype, fast=bool(is_fast))
     yield opened
     opened.close()
 
@@ -78,7 +87,7 @@ def prompt_of(checkpoint: Checkpoint, example: train.Example) -> list[int]:
     return feeds.chat_prompt(checkpoints.load_tokenizer(checkpoint), example.question, example.history)
 
 
-def test_every_answer_of_the_corpus_token_for_token(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_every_answer_of_the_corpus_token_for_token(walked: Checkpoint, session: Opened) -> None:
     corpus = train.load_corpus()
     assert len(corpus) > 150
     for example in corpus:
@@ -139,7 +148,7 @@ def verify_exact(walked: Checkpoint) -> None:
     assert result.ok
 
 
-def test_the_longest_past(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_the_longest_past(walked: Checkpoint, session: Opened) -> None:
     """2047 tokens in the cache and one more: the last that the model can do, against PyTorch on the same cache."""
     last = walked.max_length - 1
     case = Case("longest past", 1, 1, last)
@@ -148,7 +157,7 @@ def test_the_longest_past(walked: Checkpoint, session: TensorRTSession) -> None:
     assert result.ok and result.rows[0].case.past == last and session.profile == "decode"
 
 
-def test_zero_past_is_a_prefill(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_zero_past_is_a_prefill(walked: Checkpoint, session: Opened) -> None:
     call = feeds.prefill(walked, [prompt_of(walked, train.load_corpus()[0])])
     session.reset()
     got, wanted = session.step(call), torch_session().run({**call, **torch_session().empty_past(1)})["logits"][:, -1]
@@ -157,7 +166,7 @@ def test_zero_past_is_a_prefill(walked: Checkpoint, session: TensorRTSession) ->
     assert np.abs(got - wanted).max() < 5e-3 * scale and got.argmax() == wanted.argmax()
 
 
-def test_profiles_switch_between_prefill_and_decode(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_profiles_switch_between_prefill_and_decode(walked: Checkpoint, session: Opened) -> None:
     """Prefill, decode, and prefill again: the second answer does not know of the first."""
     examples = train.load_corpus()[:2]
     used = []
@@ -168,10 +177,12 @@ def test_profiles_switch_between_prefill_and_decode(walked: Checkpoint, session:
             used.append(session.profile)
             answer.append(token)
         assert checkpoints.load_tokenizer(walked).decode(answer) == example.answer
-    assert used.count("prefill") == 3 and used.count("decode") > 20 and used[0] == "prefill"
+    assert used.count("decode") > 20
+    if isinstance(session, TensorRTSession):  # steps of the fast one run ahead of the token that is read
+        assert used.count("prefill") == 3 and used[0] == "prefill"
 
 
-def test_a_left_padded_batch_of_four_answers_as_each_alone(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_a_left_padded_batch_of_four_answers_as_each_alone(walked: Checkpoint, session: Opened) -> None:
     corpus = [example for example in train.load_corpus() if not example.history]
     for start in (0, 20, 60):
         four = sorted(corpus[start : start + 16], key=lambda example: len(example.question))[::4]
@@ -180,7 +191,7 @@ def test_a_left_padded_batch_of_four_answers_as_each_alone(walked: Checkpoint, s
         assert len({len(prompt_of(walked, example)) for example in four}) > 1
 
 
-def test_fifty_rounds_leave_device_memory_flat(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_fifty_rounds_leave_device_memory_flat(walked: Checkpoint, session: Opened) -> None:
     from glmtrt_helpers import cuda
 
     questions = [example.question for example in train.load_corpus() if not example.history]
@@ -213,7 +224,7 @@ def test_closing_gives_all_memory_back(walked: Checkpoint) -> None:
     assert cuda.free_memory() >= before
 
 
-def test_a_shape_outside_every_profile(walked: Checkpoint, session: TensorRTSession) -> None:
+def test_a_shape_outside_every_profile(walked: Checkpoint, session: Opened) -> None:
     prompt = prompt_of(walked, train.load_corpus()[0])
     with pytest.raises(WorkbookError, match=r"5 prompts of up to .* outside the engine's profiles"):
         next(runtime.generate(session, walked, [prompt] * 5))

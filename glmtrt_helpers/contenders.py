@@ -1,0 +1,279 @@
+"""What `glmtrt bench DIR` measures: everything that can run a step of this checkpoint, behind one interface.
+
+A contender is opened, asked for steps of certain shapes, and closed before the next one. Its step leaves its cache as
+it found it, so that each sample measures the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from glmtrt_helpers import checkpoints, cuda, export, fast, feeds, inputs, packages, runtime
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.fast_tensorrt import FastTensorRTSession
+from glmtrt_helpers.static_decoder import StaticDecoder
+from glmtrt_helpers.tensorrt_session import TensorRTSession
+
+Step = Callable[[], object]
+
+
+def call(checkpoint: Checkpoint, batch: int, length: int, past: int) -> dict[str, np.ndarray]:
+    """Ids, positions and mask of new tokens on a past, as a chat sends them; what they say does not matter.
+
+    Without a past they are a prompt, which ends in [gMASK] and <sop>; with one, what is said behind it.
+    """
+    gmask, sop = (int(checkpoint.config[key]) for key in ("gmask_token_id", "bos_token_id"))
+    filler = 6
+    if not past:
+        return feeds.prefill(checkpoint, [[filler] * (length - 2) + [gmask, sop]] * batch)
+    whole = feeds.prefill(checkpoint, [[filler] * (past - 2) + [gmask, sop] + [filler] * length] * batch)
+    new = {name: whole[name][..., -length:] for name in ("input_ids", "position_ids")}
+    return new | {"attention_mask": whole["attention_mask"][:, :, -length:]}
+
+
+class Contender(ABC):
+    """name: as the table has it. taken: bytes on the GPU that opening it took, None on a CPU."""
+
+    name: str
+    dtype: str = "fp16"
+    taken: int | None = None
+    load_seconds: float = 0.0
+    plan: Path | None = None
+
+    @abstractmethod
+    def step(self, batch: int, length: int, past: int) -> Step:
+        """One step of these shapes, ready to be run again and again. WorkbookError: it does not take them."""
+
+    def milliseconds(self, step: Step) -> float:
+        """What one run of the step takes."""
+        started = time.perf_counter()
+        step()
+        return 1000 * (time.perf_counter() - started)
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class TorchEager(Contender):
+    """The checkpoint's own remote code, as it came, in eager PyTorch."""
+
+    name = "torch-eager"
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        before = cuda.free_memory() if device == "cuda" else 0
+        started = time.perf_counter()
+        kind = export.DTYPES[dtype]
+        model = checkpoints.load_model(checkpoint, kind, code=checkpoint.pristine_code)
+        self.model: Any = model.to(device)
+        self.load_seconds = time.perf_counter() - started
+        self.taken = before - cuda.free_memory() if device == "cuda" else None
+
+    def step(self, batch: int, length: int, past: int) -> Step:
+        flat = inputs.empty_past(self.checkpoint, batch, export.DTYPES[self.dtype])
+        flat = {name: tensor.new_zeros(past, *tensor.shape[1:]) for name, tensor in flat.items()}
+        flat |= {name: torch.from_numpy(array) for name, array in call(self.checkpoint, batch, length, past).items()}
+        kwargs = inputs.forward_kwargs({name: tensor.to(self.device) for name, tensor in flat.items()})
+
+        def run() -> object:
+            with torch.inference_mode():
+                return self.model(**kwargs)
+
+        return run
+
+    def milliseconds(self, step: Step) -> float:
+        return torch_milliseconds(step) if self.device == "cuda" else super().milliseconds(step)
+
+    def close(self) -> None:
+        self.model = None
+        free_torch()
+
+
+def torch_milliseconds(step: Step) -> float:
+    """Between two events in PyTorch's stream."""
+    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    step()
+    second.record()
+    second.synchronize()
+    return float(first.elapsed_time(second))
+
+
+def free_torch() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class TorchGraph(Contender):
+    """What a careful reader would write in PyTorch: a static cache, SDPA over its used length, in a CUDA graph."""
+
+    name = "torch-graph"
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str):
+        if not torch.cuda.is_available():
+            raise WorkbookError("CUDA graphs need an NVIDIA GPU, and PyTorch with CUDA.")
+        self.checkpoint, self.dtype = checkpoint, dtype
+        before, started = cuda.free_memory(), time.perf_counter()
+        model: Any = fast.load_decoder(checkpoint, export.DTYPES[dtype], StaticDecoder)
+        self.model = model.to("cuda")
+        self.model.move("cuda")
+        self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_memory()
+
+    def step(self, batch: int, length: int, past: int) -> Step:
+        cache = self.model.empty_cache(batch, past + length, "cuda")
+        given = {name: torch.from_numpy(a).to("cuda") for name, a in call(self.checkpoint, batch, length, past).items()}
+        mask = None if length == 1 else given["attention_mask"]
+
+        def run() -> object:
+            return self.model.step(given["input_ids"], given["position_ids"], mask, cache, past)
+
+        side = torch.cuda.Stream()
+        with torch.inference_mode(), torch.cuda.stream(side):  # what is made at the first call is not to be captured
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def milliseconds(self, step: Step) -> float:
+        return torch_milliseconds(step)
+
+    def close(self) -> None:
+        self.model = None
+        free_torch()
+
+
+class Ort(Contender):
+    """The classical graph in ONNX Runtime, its inputs and outputs bound to the device: "ort-cuda" or "ort-cpu"."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str):
+        self.name, self.checkpoint, self.dtype, self.device = f"ort-{device}", checkpoint, dtype, device
+        provider = f"{device.upper()}ExecutionProvider"
+        if provider not in onnxruntime.get_available_providers():
+            raise WorkbookError(f"ONNX Runtime's {provider} is not installed: pip install onnxruntime-gpu.")
+        if device == "cpu" and checkpoint.is_large:
+            raise WorkbookError("ONNX Runtime would cast all weights first, to 27 GB: see notebook 04.")
+        path = export.onnx_path(checkpoint, dtype)
+        before = cuda.free_memory() if device == "cuda" else 0
+        started = time.perf_counter()
+        self.session: Any = runtime.OrtSession(path, providers=[provider]).session
+        self.load_seconds = time.perf_counter() - started
+        self.taken = before - cuda.free_memory() if device == "cuda" else None
+
+    def step(self, batch: int, length: int, past: int) -> Step:
+        binding = self.session.io_binding()
+        shape = (past, batch, self.checkpoint.num_heads, self.checkpoint.head_size)
+        cache = np.zeros(shape, np.float16 if self.dtype == "fp16" else np.float32)
+        given = call(self.checkpoint, batch, length, past)
+        for name in (value.name for value in self.session.get_inputs()):
+            array = np.ascontiguousarray(given.get(name, cache))
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0))
+        for value in self.session.get_outputs():
+            binding.bind_output(value.name, self.device)
+
+        def run() -> object:
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return binding
+
+        return run
+
+    def close(self) -> None:
+        self.session = None
+        gc.collect()
+
+
+class _OnTensorRT(Contender):
+    """Both engines: events of CUDA, in the session's own stream."""
+
+    session: Any
+
+    def _open(self, opener: Callable[[], Any], plan: Path) -> None:
+        before, started = cuda.free_memory() if packages.gpus() else 0, time.perf_counter()
+        self.session = opener()
+        self.load_seconds, self.taken, self.plan = time.perf_counter() - started, before - cuda.free_memory(), plan
+        self._events = cuda.new_event(), cuda.new_event()
+
+    def milliseconds(self, step: Step) -> float:
+        first, second = self._events
+        cuda.mark(first, self.session.stream)
+        step()
+        cuda.mark(second, self.session.stream)
+        cuda.wait(second)
+        return cuda.elapsed_ms(first, second)
+
+    def close(self) -> None:
+        for event in self._events:
+            cuda.destroy_event(event)
+        self.session.close()
+
+
+class Classical(_OnTensorRT):
+    """The engine of notebooks 05 and 06: the past goes in, past and new come out."""
+
+    name = "classical"
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        plan = checkpoint.directory / f"model.{dtype}.plan"
+        self._open(lambda: TensorRTSession.open(checkpoint, dtype), plan)
+
+    def step(self, batch: int, length: int, past: int) -> Step:
+        given: Mapping[str, np.ndarray] = call(self.checkpoint, batch, length, past)
+        return lambda: self.session.enqueue(given, past)
+
+
+class Fast(_OnTensorRT):
+    """The fast engine: decode as it feeds itself, in a CUDA graph; prefill with its rows put into the cache."""
+
+    name = "fast"
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        plan = checkpoint.directory / f"model.{dtype}.fast.plan"
+        self._open(lambda: FastTensorRTSession.open(checkpoint, dtype), plan)
+
+    def step(self, batch: int, length: int, past: int) -> Step:
+        session: FastTensorRTSession = self.session
+        given = call(self.checkpoint, batch, length, past)
+        session.pretend(batch, past)
+        if not past:
+
+            def prefill() -> None:
+                session.pretend(batch, 0)
+                session.enqueue(given, length)
+
+            return prefill
+        session.step(given)  # leaves its inputs in their places
+
+        def decode() -> None:
+            session.pretend(batch, past)
+            session.decode()
+
+        return decode
+
+
+def contenders(checkpoint: Checkpoint, dtype: str) -> dict[str, Callable[[], Contender]]:
+    """What to try on this machine, by name; opening one raises WorkbookError where it cannot run here."""
+    on_gpu = bool(packages.gpus())
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    return {
+        "torch-eager": lambda: TorchEager(checkpoint, dtype, device),
+        "torch-graph": lambda: TorchGraph(checkpoint, dtype),
+        f"ort-{'cuda' if on_gpu else 'cpu'}": lambda: Ort(checkpoint, dtype, "cuda" if on_gpu else "cpu"),
+        "classical": lambda: Classical(checkpoint, dtype),
+        "fast": lambda: Fast(checkpoint, dtype),
+    }

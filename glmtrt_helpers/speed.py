@@ -1,0 +1,208 @@
+"""`glmtrt bench DIR`: what a step costs in everything that can run it here, in one run, against the hardware's floor.
+
+A decode step has to read every weight once; no engine is faster than that many bytes at the memory's bandwidth, which
+is measured in the same run. A prefill has to multiply; its floor is that of its products where that is higher.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmtrt_helpers import bench, packages, plans
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.configs import expected_shapes
+from glmtrt_helpers.contenders import Contender, Step, contenders, torch_milliseconds
+from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import replacing
+from glmtrt_helpers.profiles import engine_weights
+
+PASTS, PROMPTS, BATCHES = (128, 512, 1024, 2000), (128, 512, 1024), (8, 32, 64, 128)
+BATCH_PAST = 512  # the past at which batches are compared
+SAMPLES, WARM_UP = 30, 5
+# On a CPU a step of a large model takes seconds: there a measurement ends once it has a few samples.
+SECONDS, FEWEST = 10.0, 3
+
+Size = tuple[str, int, int]  # phase, batch, past of a decode or tokens of a prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. past: tokens in the cache of a decode, tokens of the prompt of a prefill."""
+
+    engine: str
+    phase: str
+    batch: int
+    past: int
+    dtype: str
+    samples_ms: list[float]
+    median_ms: float
+    tokens_per_s: float
+    floor_fraction: float
+
+
+@dataclass
+class Report:
+    """A run. bandwidth: GB a second, read and written bytes of a copy both counted; matrix rate: of a large product.
+
+    missing: what could not run, or not at a size, and why.
+    """
+
+    copy_bandwidth_gb_s: float
+    matrix_tflop_s: float
+    weights_bytes: int
+    rows: list[Row] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    build: list[dict[str, Any]] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def sizes(
+    checkpoint: Checkpoint,
+    pasts: Sequence[int] = PASTS,
+    prompts: Sequence[int] = PROMPTS,
+    batches: Sequence[int] = BATCHES,
+) -> list[Size]:
+    """What to measure of each contender, as far as the model's positions go."""
+    wanted = [("decode", 1, past) for past in pasts] + [("prefill", 1, prompt) for prompt in prompts]
+    wanted += [("decode", batch, BATCH_PAST) for batch in batches]
+    return [size for size in wanted if size[2] < checkpoint.max_length]
+
+
+def measure_hardware() -> tuple[float, float]:
+    """Copy bandwidth in GB/s and the rate of products in TFLOP/s, the best of ten: fp16 on a GPU, fp32 on a CPU."""
+    on_gpu = bool(packages.gpus()) and torch.cuda.is_available()
+    device, kind, side = ("cuda", torch.float16, 8192) if on_gpu else ("cpu", torch.float32, 2048)
+    source = torch.ones(2**29 if on_gpu else 2**26, dtype=kind, device=device)
+    target = torch.empty_like(source)
+    left, right = torch.ones(side, side, dtype=kind, device=device), torch.ones(side, side, dtype=kind, device=device)
+    timed = torch_milliseconds if on_gpu else _milliseconds
+    copied = min(timed(lambda: target.copy_(source)) for _ in range(10))
+    multiplied = min(timed(lambda: left @ right) for _ in range(10))
+    return 2 * source.nbytes / copied / 1e6, 2 * side**3 / multiplied / 1e9
+
+
+def _milliseconds(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return 1000 * (time.perf_counter() - started)
+
+
+def floor_ms(checkpoint: Checkpoint, report: Report, phase: str, batch: int, past: int) -> float:
+    """The least that a step can take: its weights read once, or its products made, whichever is longer.
+
+    The cache is left out, so that the floor of a long past or a large batch is a little lower than what is possible.
+    """
+    read = report.weights_bytes / report.copy_bandwidth_gb_s / 1e6
+    shapes = expected_shapes(checkpoint.config)
+    layers = sum(int(np.prod(shape)) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    head = checkpoint.vocab_size * checkpoint.hidden_size  # wanted for one token of a sequence
+    tokens = batch * (past if phase == "prefill" else 1)
+    return max(read, 2 * (layers * tokens + head * batch) / report.matrix_tflop_s / 1e9)
+
+
+def sample(contender: Contender, step: Step, samples: int) -> list[float]:
+    """Milliseconds of each run, warmed up; on a CPU fewer than asked for where a step takes long."""
+    bounded = not packages.gpus()
+    taken: list[float] = []
+    for number in range(WARM_UP + samples):
+        took = contender.milliseconds(step)
+        if number >= WARM_UP or (bounded and took > 1000 * SECONDS / FEWEST):
+            taken.append(took)
+        if len(taken) == samples or (bounded and len(taken) >= FEWEST and sum(taken) > 1000 * SECONDS):
+            break
+    return taken
+
+
+def measure(
+    checkpoint: Checkpoint,
+    dtype: str = "fp16",
+    wanted: Sequence[Size] | None = None,
+    *,
+    only: Sequence[str] = (),
+    samples: int = SAMPLES,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Report:
+    """Measure every contender, or `only` those named, at every size that it takes; one is in memory at a time."""
+    makers = contenders(checkpoint, dtype)
+    unknown = sorted(set(only) - set(makers))
+    if unknown:
+        raise WorkbookError(f"there is no engine {unknown[0]!r} to measure here: choose {', '.join(makers)}.")
+    progress("copy bandwidth and products")
+    report = Report(*measure_hardware(), engine_weights(checkpoint, dtype))
+    for name, make in makers.items():
+        if only and name not in only:
+            continue
+        progress(f"opening {name}")
+        try:
+            contender = make()
+        except WorkbookError as error:
+            report.missing[name] = str(error)
+            continue
+        try:
+            _measure_one(checkpoint, contender, wanted or sizes(checkpoint), samples, report, progress)
+        finally:
+            contender.close()
+    return report
+
+
+def _measure_one(
+    checkpoint: Checkpoint,
+    contender: Contender,
+    wanted: Sequence[Size],
+    samples: int,
+    report: Report,
+    progress: Callable[[str], None],
+) -> None:
+    build: dict[str, Any] = {"engine": contender.name, "load_seconds": contender.load_seconds}
+    if contender.plan:
+        info = plans.read_info(contender.plan)
+        build |= {"build_seconds": info.seconds, "plan_bytes": info.plan_bytes}
+    report.build.append(build)
+    if contender.taken is not None:
+        report.memory.append({"engine": contender.name, "bytes": contender.taken})
+    for phase, batch, past in wanted:
+        progress(f"{contender.name}: {phase}, batch {batch}, {past} tokens")
+        length = 1 if phase == "decode" else past
+        try:
+            step = contender.step(batch, length, past if phase == "decode" else 0)
+            taken = sample(contender, step, samples)
+        except WorkbookError as error:
+            report.missing[f"{contender.name}, {phase}, batch {batch}, {past} tokens"] = str(error)
+            continue
+        median, rate = statistics.median(taken), 1000 * batch * length / statistics.median(taken)
+        reached = floor_ms(checkpoint, report, phase, batch, past) / median
+        report.rows.append(Row(contender.name, phase, batch, past, contender.dtype, taken, median, rate, reached))
+
+
+def save(path: Path, checkpoint: Checkpoint, report: Report, command: str) -> None:
+    """Keep a run as JSON, with what it was made on."""
+    machine = bench.machine()
+    entry = {
+        "gpu": machine.pop("gpu"),
+        "driver": packages.driver_version(),
+        "versions": machine.pop("versions"),
+        "commit": _commit(),
+        "command": command,
+        **machine,
+        "layers": checkpoint.num_layers,
+        **asdict(report),
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """Of this package's own repository, with a mark where its files were changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
