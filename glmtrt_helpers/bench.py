@@ -47,9 +47,9 @@ def memory(
     commands: list[tuple[str, list[str]]] = [(phase, [*GLMTRT, phase, str(directory)]) for phase in phases]
     if not checkpoint.is_safetensors:
         commands.insert(0, ("bin to safetensors", [sys.executable, "-c", _CONVERT, str(directory)]))
-    for name in ("model.fp16.onnx", "model.fp16.plan", "model.fp16.plan.json"):
-        if any(phase in phases for phase in ("export", "build")):
-            (directory / name).unlink(missing_ok=True)
+    made = {"export": ["model.fp16.onnx"], "build": ["model.fp16.plan", "model.fp16.plan.json"]}
+    for name in (name for phase in phases for name in made.get(phase, [])):
+        (directory / name).unlink(missing_ok=True)
     rows = []
     for phase, command in commands:
         progress(phase)

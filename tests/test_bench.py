@@ -29,6 +29,8 @@ def test_memory_of_export_and_build_follows_from_the_weights(middle: Path) -> No
     needed, disk = engines.predict_build(checkpoints.open_checkpoint(middle), "fp16")
     assert build.peak_anonymous < needed < 1.4 * build.peak_anonymous
     assert build.added < disk < 1.3 * build.added
+    (again,) = bench.memory(middle, ("build",))
+    assert again.added == pytest.approx(build.added, rel=0.01), "from the export that is there, anew"
 
 
 def test_a_failing_phase_is_named(tiny_random: Path) -> None:
