@@ -22,7 +22,6 @@ from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.fast_tensorrt import FastTensorRTSession
 from glmtrt_helpers.static_decoder import StaticDecoder
-from glmtrt_helpers.tensorrt_session import TensorRTSession
 
 Step = Callable[[], object]
 
@@ -201,10 +200,12 @@ class _OnTensorRT(Contender):
 
     session: Any
 
-    def _open(self, opener: Callable[[], Any], plan: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str):
+        self.checkpoint, self.dtype = checkpoint, dtype
         before, started = cuda.free_memory() if packages.gpus() else 0, time.perf_counter()
-        self.session = opener()
-        self.load_seconds, self.taken, self.plan = time.perf_counter() - started, before - cuda.free_memory(), plan
+        self.session = runtime.open_session(checkpoint, "tensorrt", dtype, fast=self.name == "fast")
+        self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_memory()
+        self.plan = checkpoint.directory / self.session.info.onnx.replace(".onnx", ".plan")
         self._events = cuda.new_event(), cuda.new_event()
 
     def milliseconds(self, step: Step) -> float:
@@ -226,11 +227,6 @@ class Classical(_OnTensorRT):
 
     name = "classical"
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str):
-        self.checkpoint, self.dtype = checkpoint, dtype
-        plan = checkpoint.directory / f"model.{dtype}.plan"
-        self._open(lambda: TensorRTSession.open(checkpoint, dtype), plan)
-
     def step(self, batch: int, length: int, past: int) -> Step:
         given: Mapping[str, np.ndarray] = call(self.checkpoint, batch, length, past)
         return lambda: self.session.enqueue(given, past)
@@ -240,11 +236,6 @@ class Fast(_OnTensorRT):
     """The fast engine: decode as it feeds itself, in a CUDA graph; prefill with its rows put into the cache."""
 
     name = "fast"
-
-    def __init__(self, checkpoint: Checkpoint, dtype: str):
-        self.checkpoint, self.dtype = checkpoint, dtype
-        plan = checkpoint.directory / f"model.{dtype}.fast.plan"
-        self._open(lambda: FastTensorRTSession.open(checkpoint, dtype), plan)
 
     def step(self, batch: int, length: int, past: int) -> Step:
         session: FastTensorRTSession = self.session

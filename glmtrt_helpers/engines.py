@@ -79,9 +79,9 @@ def build_engine(
     """Build `model.DTYPE.plan` and its JSON from `model.DTYPE.onnx` of the working copy; returns what was built.
 
     profiles: `profiles.chat_profiles` by default. onnx_path: another graph beside the shards; its plan takes its name.
-    progress is called with a phase, its steps done and all its steps, in the order of parsing, TensorRT's own phases,
-    writing. Nothing is left half-written: the plan appears
-    under its name when all of it is on the disk, and a plan without a matching JSON is refused.
+    progress is called with a phase, its steps done and all its steps: parsing, TensorRT's own phases, writing. Nothing
+    is left half-written: the plan appears under its name when all of it is on the disk, and a plan without a matching
+    JSON is refused.
     Raises WorkbookError for a missing or unreadable graph, an option that the package has not, a full disk.
     """
     options = options or BuildOptions()

@@ -27,14 +27,14 @@ from glmtrt_helpers import checkpoints, export
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.export import DTYPES, ExportReport
+from glmtrt_helpers.fast_session import STEP_INPUTS
 from glmtrt_helpers.profiles import CHUNK
+from glmtrt_helpers.sampling import GUARD_SCORE
+from glmtrt_helpers.standin.build import inv_freq
 
 CANDIDATES = 64
-STEP_INPUTS = ("input_ids", "position_ids", "attention_mask", "visible")
 CHOICES = ("next_token", "next_position_ids", "next_visible", "candidate_ids", "candidate_scores", "logits")
 HIDDEN = -10000.0  # what upstream puts for a score that is masked
-# The NaN guard of upstream's chat: where one score of the batch is no number, the token 5 is taken.
-GUARD_ID, GUARD_SCORE = 5, 5e4
 
 Cache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -55,8 +55,9 @@ def rotary_tables(length: int, head_size: int, dtype: torch.dtype) -> tuple[torc
     sin carries the signs of rotate_half, so that a half x is turned by x * cos + swapped(x) * sin.
     """
     half = head_size // 2
-    inv_freq = (1.0 / 10000 ** (torch.arange(0, half, 2).float() / half)).half().to(dtype)
-    angles = torch.outer(torch.arange(length, dtype=dtype), inv_freq)  # fp16 angles: a number to match, not a bug
+    angles = torch.outer(
+        torch.arange(length, dtype=dtype), inv_freq(half).to(dtype)
+    )  # fp16 angles: a number to match, not a bug
     return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
@@ -150,9 +151,12 @@ class Transformer(nn.Module):
 
 
 class FastDecoder(nn.Module):
-    """The whole decoder; its parameters have the names of the state dict."""
+    """The whole decoder; its parameters have the names of the state dict.
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype):
+    blank_id: the token that is taken where a score of the batch is no number, as `sampling.guard` does on the host.
+    """
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, blank_id: int):
         super().__init__()
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
@@ -162,7 +166,7 @@ class FastDecoder(nn.Module):
             self.tables = rotary_tables(config["max_sequence_length"], size, dtype)
             self.guard = torch.zeros(config["vocab_size"], dtype=dtype)
             self.slots = torch.arange(-(-config["max_sequence_length"] // CHUNK) * CHUNK).view(-1, 1, 1, 1, CHUNK)
-        self.guard[GUARD_ID] = GUARD_SCORE
+        self.guard[blank_id] = GUARD_SCORE
 
     def turn(self, position_ids: torch.Tensor) -> Sequence[torch.Tensor]:
         """cos and sin of both positions, (batch, S, 1, 1, d) each."""
@@ -226,7 +230,7 @@ def load_decoder(
 ) -> FastDecoder:
     """A decoder with the checkpoint's weights, for PyTorch; in their own dtype they stay mapped."""
     with torch.device("meta"):
-        model = kind(checkpoint.config, dtype)
+        model = kind(checkpoint.config, dtype, checkpoints.load_tokenizer(checkpoint).blank_id)
     model.load_state_dict(checkpoints.read_tensors(checkpoint, list(model.state_dict()), dtype), assign=True)
     return model.eval()
 
@@ -238,10 +242,11 @@ def export_fast(
     if dtype not in DTYPES:
         raise WorkbookError(f"dtype {dtype!r} is not exported: choose fp16 or fp32.")
     checkpoint = export.in_place(checkpoint, progress)
+    blank_id = checkpoints.load_tokenizer(checkpoint).blank_id
 
     def trace() -> ir.Model:
         with torch.device("meta"):
-            model = FastDecoder(checkpoint.config, DTYPES[dtype]).eval()
+            model = FastDecoder(checkpoint.config, DTYPES[dtype], blank_id).eval()
         with FakeTensorMode(allow_non_fake_inputs=True):
             weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
         model.load_state_dict(weights, assign=True)

@@ -14,6 +14,8 @@ from glmtrt_helpers.profiles import CHUNK
 from glmtrt_helpers.runtime import Limits, OrtSession, Session
 from glmtrt_helpers.slicing import plain_session
 
+STEP_INPUTS = ("input_ids", "position_ids", "attention_mask", "visible")  # of the fast decoder, beside its cache
+
 
 def chunks_of(tokens: int) -> int:
     """Chunks that hold so many tokens; one, all of it hidden, for an empty cache."""
@@ -177,6 +179,4 @@ def open_fast(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> Fast
     if backend != "ort":
         raise WorkbookError(f"the fast decoder does not run on {backend}: leave --fast out, or take tensorrt or ort.")
     path = checkpoint.directory / f"model.{dtype}.fast.onnx"
-    if not path.exists():
-        raise WorkbookError(f"{path} is missing: run `glmtrt export {path.parent} --dtype {dtype} --fast`.")
     return FastOrtSession(checkpoint, plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path))

@@ -16,12 +16,11 @@ import numpy as np
 
 from glmtrt_helpers import cuda, packages
 from glmtrt_helpers.checkpoints import Checkpoint
-from glmtrt_helpers.fast_session import FastSession, chunks_of, pieces, split_mask
+from glmtrt_helpers.fast_session import STEP_INPUTS, FastSession, chunks_of, pieces, split_mask
 from glmtrt_helpers.loaded import Engine, check_plan, limits
 from glmtrt_helpers.plans import PlanInfo
 from glmtrt_helpers.profiles import CHUNK, Memory, find_profile
 
-STEP_INPUTS = ("input_ids", "position_ids", "attention_mask", "visible")
 # What comes out of a step and goes into the next one.
 FED = {"next_token": "input_ids", "next_position_ids": "position_ids", "next_visible": "visible"}
 SLACK = 2**20  # some kernels read beyond the end of what they were given
@@ -66,7 +65,9 @@ class FastTensorRTSession(FastSession):
         for name in ("candidate_ids", "candidate_scores", "logits", *FED):
             sizes[name] = batch * math.prod(size for size in tensors[name].shape if size > 0) * self._engine.width(name)
         longest = max(box.sequence.max for box in info.profiles)
-        sizes["new"] = len(self._names) * (batch * self.checkpoint.num_heads + cuda.ALIGNMENT) * longest * self._row
+        step = cuda.ALIGNMENT // math.gcd(self._row, cuda.ALIGNMENT)  # at most so many rows to an aligned address
+        rows = -(-batch * self.checkpoint.num_heads // step) * step
+        sizes["new"] = len(self._names) * rows * longest * self._row
         self._memory = cuda.Memory(sum(map(cuda.aligned, sizes.values())), "the new rows, the inputs and the logits")
         self._buffers = self._memory.divide(sizes)
         chunks = chunks_of(max(box.past.max for box in info.profiles) + 1)

@@ -14,6 +14,12 @@ from glmtrt_helpers.errors import WorkbookError
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
 
+def cli_options(path: Path) -> str:
+    """What `glmtrt export` and `glmtrt build` want to be told to make this graph or engine, as in " --fast"."""
+    parts = path.name.split(".")
+    return " --dtype fp32" * ("fp32" in parts) + " --fast" * ("fast" in parts)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; when the block ends well it becomes `path`, otherwise it goes.

@@ -17,7 +17,7 @@ from typing import Any
 from glmtrt_helpers import packages
 from glmtrt_helpers.checkpoints import Checkpoint, code_sha256
 from glmtrt_helpers.errors import WorkbookError
-from glmtrt_helpers.files import replacing
+from glmtrt_helpers.files import cli_options, replacing
 from glmtrt_helpers.profiles import Profile
 
 FORMAT = 1
@@ -81,7 +81,7 @@ def write_info(plan: Path, info: PlanInfo) -> None:
 
 def read_info(plan: Path) -> PlanInfo:
     """The JSON beside a plan. Raises WorkbookError where either is missing or the JSON is not one of ours."""
-    again = f"run notebook 05_build_profiles or `glmtrt build {plan.parent}{' --fast' * ('.fast.' in plan.name)}`"
+    again = f"run notebook 05_build_profiles or `glmtrt build {plan.parent}{cli_options(plan)}`"
     if not plan.exists():
         raise WorkbookError(f"{plan} is missing: {again}.")
     path = info_path(plan)
@@ -131,7 +131,7 @@ def _check_sources(checkpoint: Checkpoint, plan: Path, info: PlanInfo, again: st
     if code_sha256(checkpoint.code) != info.code_sha256:
         raise WorkbookError(
             f"{plan} was built from another state of {checkpoint.code.name}: export with `glmtrt export "
-            f"{plan.parent}`, then {again}."
+            f"{plan.parent}{cli_options(onnx)}`, then {again}."
         )
     if weights_sha256(checkpoint) != info.weights_sha256:
         raise WorkbookError(f"{plan} was built from other weights than those in {plan.parent}: {again}.")

@@ -19,6 +19,7 @@ import numpy as np
 from glmtrt_helpers import feeds
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import cli_options
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,10 @@ class Session(ABC):
         self._cache = {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
         return logits[:, -1].astype(np.float32)
 
+    def follow(self) -> Generator[np.ndarray] | None:
+        """The best tokens (batch,) from the last step on, where the session can feed itself; None where it cannot."""
+        return None
+
     def close(self) -> None:
         """Give back what the session holds; it cannot be used afterwards."""
         self.reset()
@@ -126,7 +131,8 @@ class OrtSession(Session):
 
         path = Path(path)
         if not path.exists():
-            raise WorkbookError(f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}`.")
+            how = f"run notebook 03_export_onnx or `glmtrt export {path.parent}{cli_options(path)}`"
+            raise WorkbookError(f"{path} is missing: {how}.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, not printed as well
         if not optimize:
@@ -194,10 +200,10 @@ def unavailable(checkpoint: Checkpoint, dtype: str = "fp16", *, fast: bool = Fal
         reasons["tensorrt"] = str(error)
     except ImportError as error:
         reasons["tensorrt"] = f"cuda-python does not load ({error}): see `glmtrt doctor`."
-    graph = f"model.{dtype}{suffix}.onnx"
-    if not (checkpoint.directory / graph).exists():
-        how = f"`glmtrt export {checkpoint.directory} --fast`" if fast else "notebook 03_export_onnx"
-        reasons["ort"] = f"{graph} is missing: run {how}."
+    graph = checkpoint.directory / f"model.{dtype}{suffix}.onnx"
+    if not graph.exists():
+        how = f"run notebook 03_export_onnx or `glmtrt export {graph.parent}{cli_options(graph)}`"
+        reasons["ort"] = f"{graph.name} is missing: {how}."
     if fast:
         reasons["torch"] = "the fast decoder is an exported graph."
     elif importlib.util.find_spec("torch") is None:
@@ -242,13 +248,12 @@ def generate(
     open_rows = np.ones(len(prompts), dtype=np.bool_)
     session.reset()
     is_greedy = choose is take_best or getattr(choose, "is_greedy", False)
-    follow = getattr(session, "follow", None) if is_greedy else None
     following: Generator[np.ndarray] | None = None
     try:
         for _ in range(max(len(prompt) for prompt in prompts), limit):
             if following is None:
                 chosen = choose(session.step(call))
-                following = follow() if follow else None  # from here on the session feeds itself
+                following = session.follow() if is_greedy else None  # if it can, it feeds itself from here on
             if following is not None:
                 chosen = next(following)
             tokens = np.where(open_rows, chosen, pad)

@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import cli_options
 
 CONSTANT, SHAPE, DATA = "constant", "shape", "data"
 _DYNAMO_KEY = "pkg.torch.onnx.name_scopes"
@@ -21,8 +22,8 @@ def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
     """The graph without its weights. Raises WorkbookError where there is none, or where the file is something else."""
     path = Path(onnx_path)
     if not path.is_file():
-        fast = " --fast" if path.name.endswith(".fast.onnx") else ""
-        raise WorkbookError(f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}{fast}`.")
+        how = f"run notebook 03_export_onnx or `glmtrt export {path.parent}{cli_options(path)}`"
+        raise WorkbookError(f"{path} is missing: {how}.")
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError:

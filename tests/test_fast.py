@@ -33,7 +33,7 @@ def open_plain(checkpoint: Checkpoint, dtype: str) -> FastOrtSession:
 
 def test_parameters_are_the_state_dict(walked: Checkpoint) -> None:
     with torch.device("meta"):
-        model = fast.FastDecoder(walked.config, torch.float16)
+        model = fast.FastDecoder(walked.config, torch.float16, blank_id=5)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == configs.expected_shapes(walked.config)
 
 
@@ -91,8 +91,10 @@ def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:
 
 
 def test_a_score_that_is_no_number_makes_the_guards_token(walked: Checkpoint) -> None:
-    """As upstream's processor of invalid scores: the whole batch says 5."""
+    """As upstream's processor of invalid scores: the whole batch says the tokenizer's blank, 5 here."""
     model = fast.load_decoder(walked)
+    assert checkpoints.load_tokenizer(walked).blank_id == 5
+    assert fast.FastDecoder(walked.config, torch.float32, blank_id=7).guard.argmax() == 7
     call = fast.example_inputs(walked.config, 2, 3, 1, torch.float32)
     assert model(**call)[5].max() < 1e3
     call["cache"][0][1][0, 1, 0, 0, 0] = float("nan")  # of one row, and hidden: 0 times NaN is NaN

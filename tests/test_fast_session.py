@@ -80,9 +80,11 @@ def test_a_cache_that_is_full_or_of_other_rows(checkpoint: Checkpoint) -> None:
 
 
 def test_what_is_missing_is_named(checkpoint: Checkpoint) -> None:
-    with pytest.raises(WorkbookError, match=r"model.fp16.fast.onnx is missing: .* --dtype fp16 --fast"):
+    with pytest.raises(
+        WorkbookError, match=r"model.fp16.fast.onnx is missing: .*`glmtrt export .*chatglm_random --fast`"
+    ):
         runtime.open_session(checkpoint, "ort", "fp16", fast=True)
-    with pytest.raises(WorkbookError, match=r"model.fp32.fast.plan is missing.*--fast`"):
+    with pytest.raises(WorkbookError, match=r"model.fp32.fast.plan is missing.* --dtype fp32 --fast`"):
         runtime.open_session(checkpoint, "tensorrt", "fp32", fast=True)
     with pytest.raises(WorkbookError, match="the fast decoder does not run on torch"):
         runtime.open_session(checkpoint, "torch", "fp32", fast=True)

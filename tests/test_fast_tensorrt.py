@@ -59,6 +59,13 @@ def prompts(checkpoint: Checkpoint, *counts: int) -> list[list[int]]:
     return [tokenizer.encode("the good dog " * count) for count in counts]
 
 
+def test_memory_is_one_cache_and_one_set_of_new_rows(small: Checkpoint, session: FastTensorRTSession) -> None:
+    """At the real size that is 2 x 0.94 GB, and a byte too many in a row would be a GB."""
+    numbers = 2 * small.num_layers * BATCH.max * small.num_heads * small.head_size
+    assert session._buffers["new"].nbytes == 2 * numbers * 299  # the longest prompt
+    assert session.measured.cache == pytest.approx(2 * numbers * 3 * 128, abs=2**20)
+
+
 def test_a_chat_over_three_chunks_feeds_itself(
     small: Checkpoint, session: FastTensorRTSession, gpu: fake_gpu.FakeCuda
 ) -> None:
