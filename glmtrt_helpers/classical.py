@@ -46,7 +46,7 @@ def build(directory: Path, output: Path) -> None:
     if not parser.parse(data):
         raise SystemExit(parser.get_error(0).desc())
     config = builder.create_builder_config()
-    engines.add_profiles(builder, network, config, profiles.chat_profiles(checkpoint), checkpoint)
+    engines.add_profiles(builder, network, config, profiles.chat_profiles(checkpoint))
     _say("building")
     plan = builder.build_serialized_network(network, config)
     _say("writing")

@@ -158,7 +158,7 @@ def export(
     dtype: Dtype = "fp16",
     exporter: Annotated[str, typer.Option(help="dynamo or torchscript")] = "dynamo",
     opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
-    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, whose cache is never copied")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
 ) -> None:
     """Export the patched model to ONNX; its weights stay where they lie, in the checkpoint's shards."""
     from glmtrt_helpers import checkpoints
@@ -169,12 +169,13 @@ def export(
     if fast:
         from glmtrt_helpers.fast import export_fast
 
-        done = export_fast(checkpoint, dtype, progress=say)
+        written = export_fast(checkpoint, dtype, progress=say)
     else:
-        done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)
+        written = [exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)]
     columns = ["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"]
-    nodes = sum(done.nodes.values())
-    print_table(columns, [(str(done.path), done.file_bytes, done.referred_bytes, nodes, done.seconds)])
+    print_table(
+        columns, [(str(w.path), w.file_bytes, w.referred_bytes, sum(w.nodes.values()), w.seconds) for w in written]
+    )
 
 
 @app.command()
@@ -221,11 +222,10 @@ def build(
     hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="full tensorrt only")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="full tensorrt only")] = False,
     tf32: Annotated[bool, typer.Option(help="let fp32 products round their inputs")] = True,
-    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, whose cache is never copied")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
 ) -> None:
     """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
     from glmtrt_helpers import checkpoints, engines, plans
-    from glmtrt_helpers import export as exporting
     from glmtrt_helpers.pictures import print_table
     from glmtrt_helpers.profiles import Range, chat_profiles
 
@@ -233,17 +233,24 @@ def build(
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
     ranges = [Range.parse(text, what) if text else None for what, text in texts.items()]
     options = engines.BuildOptions(tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32)
+    boxes = chat_profiles(checkpoint, *ranges)
     with phase_bars() as progress:
-        report = engines.build_engine(
-            checkpoint, dtype, chat_profiles(checkpoint, *ranges), options=options, package=package,
-            onnx_path=exporting.onnx_path(checkpoint, dtype, fast=fast), progress=progress,
-        )  # fmt: skip
-    print(report.package.reason, file=sys.stderr)
-    for index, profile in enumerate(report.info.profiles):
-        rows = [row for row in plans.tensor_rows(report.info.tensors, index) if row[1] == "input"]
-        columns = ["input", "dtype", "shape", "min", "opt", "max"]
-        print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], f"profile {profile.name}")
-    print_table(["written", "bytes", "seconds"], [(str(report.plan), report.info.plan_bytes, report.info.seconds)])
+        if fast:
+            from glmtrt_helpers.fast import build_fast
+
+            built = build_fast(checkpoint, dtype, boxes, options=options, package=package, progress=progress)
+        else:
+            built = [
+                engines.build_engine(checkpoint, dtype, boxes, options=options, package=package, progress=progress)
+            ]
+    print(built[0].package.reason, file=sys.stderr)
+    for report in built:
+        for index, profile in enumerate(report.info.profiles):
+            rows = [row for row in plans.tensor_rows(report.info.tensors, index) if row[1] == "input"]
+            columns = ["input", "dtype", "shape", "min", "opt", "max"]
+            title = f"{report.plan.name}, profile {profile.name}"
+            print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], title)
+    print_table(["written", "bytes", "seconds"], [(str(b.plan), b.info.plan_bytes, b.info.seconds) for b in built])
 
 
 @app.command()
@@ -259,7 +266,7 @@ def chat(
     max_length: Annotated[int | None, typer.Option(help="prompt and answer together")] = None,
     drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, let the oldest rounds go")] = False,
     dtype: Dtype = "fp16",
-    fast: Annotated[bool, typer.Option("--fast", help="the decoder of fast.py, on tensorrt or ort")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, on tensorrt or ort")] = False,
 ) -> None:
     """Chat with the model. Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
     from glmtrt_helpers import checkpoints, runtime, terminal

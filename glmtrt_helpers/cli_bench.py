@@ -34,6 +34,8 @@ def speed(
     prompt: Annotated[list[int] | None, typer.Option(help="tokens of a prefill")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="rows of a decode at past 512")] = None,
     samples: Annotated[int, typer.Option(help="of each measurement")] = 30,
+    batches: Annotated[Path | None, typer.Option(help="a working copy whose engines take several rows")] = None,
+    trace: Annotated[Path | None, typer.Option(help="record the engines' kernels, too, and keep them as JSON")] = None,
 ) -> None:
     """Milliseconds of prefill and decode in everything that runs here, beside what the hardware allows at best."""
     from glmtrt_helpers import checkpoints
@@ -44,8 +46,10 @@ def speed(
     given = (past is not None, prompt is not None, batch is not None)
     chosen = (past or (), prompt or (), batch or ()) if any(given) else ()
     report = benchmarks.measure(
-        checkpoint, dtype, benchmarks.sizes(checkpoint, *chosen), only=engine or (), samples=samples, progress=say
-    )
+        checkpoint, dtype, benchmarks.sizes(checkpoint, *chosen), only=engine or (), samples=samples,
+        rows_of=checkpoints.open_checkpoint(batches) if batches else None,
+        traced=benchmarks.TRACED if trace else (), progress=say,
+    )  # fmt: skip
     columns = ["engine", "phase", "batch", "tokens", "ms", "tokens a second", "of the floor"]
     rows = [
         (r.engine, r.phase, r.batch, r.past, r.median_ms, r.tokens_per_s, f"{r.floor_fraction:.2f}")
@@ -54,8 +58,11 @@ def speed(
     print_table(columns, rows, f"{report.copy_bandwidth_gb_s:.0f} GB/s, {report.matrix_tflop_s:.2f} TFLOP/s")
     for what, why in report.missing.items():
         print(f"not measured: {what}: {why}", file=sys.stderr)
+    command = "glmtrt " + shlex.join(sys.argv[1:])
     if output:
-        benchmarks.save(output, checkpoint, report, "glmtrt " + shlex.join(sys.argv[1:]))
+        benchmarks.save(output, checkpoint, report, command)
+    if trace:
+        benchmarks.save_traces(trace, report, command)
 
 
 @app.command()

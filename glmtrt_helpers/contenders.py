@@ -17,10 +17,12 @@ import numpy as np
 import onnxruntime
 import torch
 
-from glmtrt_helpers import checkpoints, cuda, export, fast, feeds, inputs, packages, runtime
+from glmtrt_helpers import checkpoints, cuda, export, feeds, inputs, packages, plans, runtime
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.fast_session import PARTS, part_path
 from glmtrt_helpers.fast_tensorrt import FastTensorRTSession
+from glmtrt_helpers.profiles import find_profile
 from glmtrt_helpers.static_decoder import StaticDecoder
 
 Step = Callable[[], object]
@@ -47,7 +49,10 @@ class Contender(ABC):
     dtype: str = "fp16"
     taken: int | None = None
     load_seconds: float = 0.0
-    plan: Path | None = None
+
+    def prepare(self) -> None:
+        """To be done before each run of the last step that was asked for, outside of what is measured."""
+        return
 
     @abstractmethod
     def step(self, batch: int, length: int, past: int) -> Step:
@@ -58,6 +63,10 @@ class Contender(ABC):
         started = time.perf_counter()
         step()
         return 1000 * (time.perf_counter() - started)
+
+    def plans(self) -> list[Path]:
+        """The engines that it runs."""
+        return []
 
     @abstractmethod
     def close(self) -> None: ...
@@ -124,9 +133,7 @@ class TorchGraph(Contender):
             raise WorkbookError("CUDA graphs need an NVIDIA GPU, and PyTorch with CUDA.")
         self.checkpoint, self.dtype = checkpoint, dtype
         before, started = cuda.free_memory(), time.perf_counter()
-        model: Any = fast.load_decoder(checkpoint, export.DTYPES[dtype], StaticDecoder)
-        self.model = model.to("cuda")
-        self.model.move("cuda")
+        self.model: Any = StaticDecoder.load(checkpoint, export.DTYPES[dtype], "cuda")
         self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_memory()
 
     def step(self, batch: int, length: int, past: int) -> Step:
@@ -205,11 +212,11 @@ class _OnTensorRT(Contender):
         before, started = cuda.free_memory() if packages.gpus() else 0, time.perf_counter()
         self.session = runtime.open_session(checkpoint, "tensorrt", dtype, fast=self.name == "fast")
         self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_memory()
-        self.plan = checkpoint.directory / self.session.info.onnx.replace(".onnx", ".plan")
         self._events = cuda.new_event(), cuda.new_event()
 
     def milliseconds(self, step: Step) -> float:
         first, second = self._events
+        self.prepare()
         cuda.mark(first, self.session.stream)
         step()
         cuda.mark(second, self.session.stream)
@@ -227,34 +234,35 @@ class Classical(_OnTensorRT):
 
     name = "classical"
 
+    def plans(self) -> list[Path]:
+        return [plans.plan_path(self.checkpoint, self.dtype)]
+
     def step(self, batch: int, length: int, past: int) -> Step:
         given: Mapping[str, np.ndarray] = call(self.checkpoint, batch, length, past)
         return lambda: self.session.enqueue(given, past)
 
 
 class Fast(_OnTensorRT):
-    """The fast engine: decode as it feeds itself, in a CUDA graph; prefill with its rows put into the cache."""
+    """The fast engine: decode as it feeds itself, in a CUDA graph."""
 
     name = "fast"
+    _at = (1, 0)
+
+    def prepare(self) -> None:
+        self.session.pretend(*self._at)  # a step leaves its tokens in the cache
+
+    def plans(self) -> list[Path]:
+        return [part_path(self.checkpoint, self.dtype, part, "plan") for part in PARTS]
 
     def step(self, batch: int, length: int, past: int) -> Step:
         session: FastTensorRTSession = self.session
         given = call(self.checkpoint, batch, length, past)
-        session.pretend(batch, past)
+        find_profile(session.info.profiles, batch, length, past)
+        self._at = batch, past
         if not past:
+            return lambda: session.enqueue(given, length)
 
-            def prefill() -> None:
-                session.pretend(batch, 0)
-                session.enqueue(given, length)
-
-            return prefill
-        session.step(given)  # leaves its inputs in their places
-
-        def decode() -> None:
-            session.pretend(batch, past)
-            session.decode()
-
-        return decode
+        return session.decode
 
 
 def contenders(checkpoint: Checkpoint, dtype: str) -> dict[str, Callable[[], Contender]]:

@@ -118,28 +118,14 @@ def destroy_stream(stream: Any) -> None:
     check(cudart.cudaStreamDestroy(stream), "destroy a stream")
 
 
-@dataclass(frozen=True)
-class Block:
-    """Where a block of rows lies: address of the first, bytes from row to row, rows from one group to the next."""
-
-    address: int
-    pitch: int
-    rows: int
-
-
-def copy_block(target: Block, source: Block, width: int, height: int, depth: int, stream: Any) -> None:
-    """Copy depth groups of height rows of width bytes on the device, one call for all."""
-    one = cudart.cudaMemcpy3DParms()
-    one.srcPtr = cudart.make_cudaPitchedPtr(source.address, source.pitch, width, source.rows)
-    one.dstPtr = cudart.make_cudaPitchedPtr(target.address, target.pitch, width, target.rows)
-    one.extent = cudart.make_cudaExtent(width, height, depth)
-    one.kind = WITHIN
-    check(cudart.cudaMemcpy3DAsync(one, stream), "put new rows into the cache")
-
-
-def copy(target: Buffer, source: Buffer, nbytes: int, stream: Any) -> None:
-    """Copy the start of a buffer to another one's."""
-    check(cudart.cudaMemcpyAsync(target.address, source.address, nbytes, WITHIN, stream), "copy on the GPU")
+def copy_rows(
+    target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, stream: Any, kind: Any = WITHIN
+) -> None:
+    """Copy height rows of width bytes, from rows `pitch` bytes apart to rows `target_pitch` bytes apart."""
+    check(
+        cudart.cudaMemcpy2DAsync(target, target_pitch, source, pitch, width, height, kind, stream),
+        "copy rows into the cache",
+    )
 
 
 class Pinned:

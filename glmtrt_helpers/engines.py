@@ -89,9 +89,10 @@ def build_engine(
     chosen = packages.choose(package, building=True)
     check_options(options, chosen)
     source = onnx_path or exported_path(checkpoint, dtype)
-    load_graph(source)
+    holds_weights = any(tensor.external_data for tensor in load_graph(source).graph.initializer)
     profiles = list(profiles or chat_profiles(checkpoint))
-    check_room(checkpoint, dtype, source.with_suffix(".plan"))
+    if holds_weights:
+        check_room(checkpoint, dtype, source.with_suffix(".plan"))
     started = time.perf_counter()
     trt = chosen.module
     log = make_log(trt)
@@ -103,9 +104,10 @@ def build_engine(
     monitor = make_monitor(trt, progress)
     config.progress_monitor = monitor
     _apply(trt, config, options)
-    shapes = add_profiles(builder, network, config, profiles, checkpoint)
+    wide_enough = profiles if holds_weights else [profile.of_two_rows() for profile in profiles]
+    shapes = add_profiles(builder, network, config, wide_enough)
     plan = source.with_suffix(".plan")
-    expected = engine_weights(checkpoint, dtype)  # nearly all of a large plan
+    expected = engine_weights(checkpoint, dtype) if holds_weights else 0  # nearly all of a large plan
 
     def written(count: int, last: bool = False) -> None:
         progress(f"Writing {plan.name}, KB", count // 1000, count // 1000 if last else max(count, expected) // 1000 + 1)
@@ -202,16 +204,18 @@ def _apply(trt: Any, config: Any, options: BuildOptions) -> None:
 
 
 def add_profiles(
-    builder: Any, network: Any, config: Any, profiles: Sequence[Profile], checkpoint: Checkpoint
+    builder: Any, network: Any, config: Any, profiles: Sequence[Profile]
 ) -> dict[str, list[list[list[int]]]]:
     """Give the builder its profiles; returns, by input, what was set."""
-    names = [network.get_input(index).name for index in range(network.num_inputs)]
-    shapes: dict[str, list[list[list[int]]]] = {name: [] for name in names}
+    dims = {}
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        named = [tensor.get_dimension_name(axis) if size < 0 else size for axis, size in enumerate(tensor.shape)]
+        dims[tensor.name] = named
+    shapes: dict[str, list[list[list[int]]]] = {name: [] for name in dims}
     for profile in profiles:
         made = builder.create_optimization_profile()
-        for name in names:
-            sizes = (checkpoint.num_heads, checkpoint.head_size)
-            low, typical, high = profile.shapes(name, *sizes, chunked="visible" in names)
+        for name, named in dims.items():
+            low, typical, high = profile.shapes(named)
             made.set_shape(name, low, typical, high)
             shapes[name].append([list(low), list(typical), list(high)])
         if config.add_optimization_profile(made) < 0:

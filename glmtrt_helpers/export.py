@@ -9,7 +9,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,12 +51,9 @@ class ExportReport:
     seconds: float
 
 
-def onnx_path(
-    checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int = DEFAULT_OPSET, *, fast: bool = False
-) -> Path:
-    """`model.fp16.onnx`; an export that is not the default one carries exporter and opset, or fast, in its name."""
+def onnx_path(checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int = DEFAULT_OPSET) -> Path:
+    """`model.fp16.onnx`; an export that is not the default one carries exporter and opset in its name."""
     middle = "" if (exporter, opset) == ("dynamo", DEFAULT_OPSET) else f".{exporter}{opset}"
-    middle = ".fast" if fast else middle
     return checkpoint.directory / f"model.{dtype}{middle}.onnx"
 
 
@@ -125,16 +122,23 @@ def write_traced(
     exporter: str = "dynamo",
     opset: int = DEFAULT_OPSET,
     progress: Callable[[str], None] = lambda phase: None,
+    weights: Collection[str] | None = None,
 ) -> ExportReport:
-    """Trace, tidy, point the weights into the shards, check, and write the file whole or not at all."""
+    """Trace, tidy, point the weights into the shards, check, and write the file whole or not at all.
+
+    weights: names that become inputs of the graph instead.
+    """
     started = time.perf_counter()
-    progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
+    progress(f"tracing {path.stem} with {exporter}")
     with quiet():
         model = trace()
         progress("tidying the graph")
-        rewriting.tidy(model, checkpoint)
+        rewriting.tidy(model, checkpoint, set(checkpoint.tensors) if weights is None else weights)
         rewriting.name_dimensions(model)
-        rewriting.refer_to_shards(model, checkpoint, _WANTED[dtype])
+        if weights is None:
+            rewriting.refer_to_shards(model, checkpoint, _WANTED[dtype])
+        else:
+            rewriting.make_inputs(model, weights)
         check(model)
     model.producer_name = "glmtrt"
     model.metadata_props[CODE_KEY] = checkpoints.code_sha256(checkpoint.code)

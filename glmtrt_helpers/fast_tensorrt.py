@@ -1,81 +1,112 @@
-"""The fast engine on the GPU: a cache that stays where it is, and steps that follow each other without the host.
+"""The fast engine on the GPU: weights that are held once, a cache that is written in place, steps without the host.
 
-All keys and values lie in one piece of memory, tensor behind tensor, and so do the new rows that a step hands out: one
-strided copy puts the rows of all layers into their chunk. A decode step is a CUDA graph, one for each number of chunks:
-the engine, and the copies that make its choices the next step's inputs. The host reads tokens while later steps run.
+A step is `first`, then attention and `middle` for each layer, then `last`. For a single token attention is a kernel,
+`attend.cu`, and the whole step is a CUDA graph, whose last act is to make what it chose the next step's input. The host
+reads tokens while later steps run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
 
-from glmtrt_helpers import cuda, packages
-from glmtrt_helpers.checkpoints import Checkpoint
-from glmtrt_helpers.fast_session import STEP_INPUTS, FastSession, chunks_of, pieces, split_mask
+from glmtrt_helpers import cuda, kernels, packages
+from glmtrt_helpers.checkpoints import Checkpoint, shares_vocabulary
+from glmtrt_helpers.fast_session import PARTS, FastSession, part_path, read_weight, split_mask, weight_names
 from glmtrt_helpers.loaded import Engine, check_plan, limits
-from glmtrt_helpers.plans import PlanInfo
-from glmtrt_helpers.profiles import CHUNK, Memory, find_profile
+from glmtrt_helpers.profiles import Memory, find_profile
 
-# What comes out of a step and goes into the next one.
-FED = {"next_token": "input_ids", "next_position_ids": "position_ids", "next_visible": "visible"}
-SLACK = 2**20  # some kernels read beyond the end of what they were given
 AHEAD = 4  # steps that may run before the token of the first is read; so many are wasted where an answer ends
+VOCABULARY = ("transformer.word_embeddings.weight", "lm_head.weight")
 
 
 class FastTensorRTSession(FastSession):
-    """An engine of `fast`, its cache and its CUDA graphs. measured: bytes taken on the GPU."""
+    """The engines of `fast`, the weights, the cache and the CUDA graphs. measured: bytes taken on the GPU."""
 
     backend = "tensorrt"
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, dtype: str = "fp16") -> FastTensorRTSession:
         """The fast engine of a working copy, once it is clear that it may be used here."""
-        return cls(checkpoint, *check_plan(checkpoint, checkpoint.directory / f"model.{dtype}.fast.plan"))
+        return cls(checkpoint, dtype)
 
-    def __init__(self, checkpoint: Checkpoint, plan: Path, info: PlanInfo, package: packages.Package):
-        self._engine = Engine(plan, info, package, eager=True)
-        self.stream = self._engine.stream
-        super().__init__(checkpoint, np.dtype(self._engine.tensors["logits"].dtype))
-        self.info = info
-        self.arithmetic = "tf32" if info.dtype == "fp32" and info.tf32 else None
-        self.limits = limits(info)
-        self._row = checkpoint.head_size * self.dtype.itemsize  # bytes of a token in one head
+    def __init__(self, checkpoint: Checkpoint, dtype: str):
+        self._closers: list[Callable[[], None]] = []
+        plans = {part: check_plan(checkpoint, part_path(checkpoint, dtype, part, "plan")) for part in PARTS}
+        super().__init__(checkpoint, np.dtype(np.float16 if dtype == "fp16" else np.float32))
+        self.info = plans["middle"][1]
+        self.arithmetic = "tf32" if dtype == "fp32" and self.info.tf32 else None
+        self.limits = limits(self.info)
+        capability = packages.gpus()[0].capability
         self._graphs: dict[tuple[int, int], Any] = {}
         self._seen: set[tuple[int, int]] = set()
         self._last = (1, 1, 0)  # batch, tokens and past of the last step
-        ready = cuda.free_memory()
-        cache = self._allocate()
-        self.measured = Memory(
-            self._engine.weights, cache, ready - cuda.free_memory() - cache, self._engine.activations
-        )
+        self._next = np.zeros((0, 2, 1), np.int64), np.zeros((0, 2), np.int64)  # positions, visible of the one after
+        try:
+            cuda.free_memory()  # the first call makes the context that the kernels are loaded into
+            self._kernels = kernels.Kernels(capability, checkpoint.num_heads, checkpoint.head_size, self.dtype)
+            self._closers.append(self._kernels.unload)
+            self._engines: dict[str, Engine] = {}
+            for part, found in plans.items():
+                shared = self._engines["first"].stream if self._engines else None
+                self._engines[part] = Engine(*found, eager=True, stream=shared)
+                self._closers.append(self._engines[part].close)
+            self.stream = self._engines["first"].stream
+            self._hold_weights()
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
 
-    def _allocate(self) -> int:
-        """The cache, the new rows, and a place for every other tensor of a step; returns the bytes of the cache."""
-        tensors, info = self._engine.tensors, self.info
-        batch = self.limits.batch
-        sizes = {}
-        for name in STEP_INPUTS:
-            largest = max(math.prod(shapes[-1]) for shapes in tensors[name].profiles)
-            sizes[name] = int(largest) * self._engine.width(name)
-        for name in ("candidate_ids", "candidate_scores", "logits", *FED):
-            sizes[name] = batch * math.prod(size for size in tensors[name].shape if size > 0) * self._engine.width(name)
-        longest = max(box.sequence.max for box in info.profiles)
-        step = cuda.ALIGNMENT // math.gcd(self._row, cuda.ALIGNMENT)  # at most so many rows to an aligned address
-        rows = -(-batch * self.checkpoint.num_heads // step) * step
-        sizes["new"] = len(self._names) * rows * longest * self._row
-        self._memory = cuda.Memory(sum(map(cuda.aligned, sizes.values())), "the new rows, the inputs and the logits")
-        self._buffers = self._memory.divide(sizes)
-        chunks = chunks_of(max(box.past.max for box in info.profiles) + 1)
-        self._tensor_rows = chunks * batch * self.checkpoint.num_heads  # of CHUNK tokens each
-        self._tensor_bytes = self._tensor_rows * CHUNK * self._row
-        self._slots = cuda.Memory(len(self._names) * self._tensor_bytes + SLACK, "the cache")
-        self._slots.clear()  # a hidden row is multiplied by zero, so it must be finite
-        return self._slots.nbytes
+    def _hold(self, sizes: Mapping[str, int], what: str) -> tuple[cuda.Memory, dict[str, cuda.Buffer]]:
+        """One piece of memory, divided, that is given back when the session is closed."""
+        memory = cuda.Memory(sum(map(cuda.aligned, sizes.values())), what)
+        self._closers.append(memory.free)
+        return memory, memory.divide(sizes)
+
+    def _hold_weights(self) -> None:
+        """Copy every weight from its shard to the GPU, a vocabulary matrix that is stored twice once."""
+        tensors = [tensor for engine in self._engines.values() for tensor in engine.tensors]
+        wanted = [name for layer in range(self.checkpoint.num_layers + 1)
+                  for name in weight_names(tensors, layer).values() if name in self.checkpoint.tensors]  # fmt: skip
+        wanted = list(dict.fromkeys(wanted))
+        if shares_vocabulary(self.checkpoint):
+            first, second = (read_weight(self.checkpoint, name, self.dtype) for name in VOCABULARY)
+            if np.array_equal(first, second):  # the samples agree, and so does all the rest
+                wanted.remove(VOCABULARY[1])
+        sizes = {name: math.prod(self.checkpoint.tensors[name].shape) * self.dtype.itemsize for name in wanted}
+        self._weights, self._places = self._hold(sizes, "the weights")
+        for name, place in self._places.items():
+            place.fill(np.ascontiguousarray(read_weight(self.checkpoint, name, self.dtype)), self.stream)
+        cuda.synchronize(self.stream)
+        self._places.setdefault(VOCABULARY[1], self._places[VOCABULARY[0]])
+
+    def _allocate(self) -> None:
+        """The cache, and a place for every other tensor of a step."""
+        before = cuda.free_memory()
+        config, batch = self.checkpoint, self.limits.batch
+        longest = max(box.sequence.max for box in self.info.profiles)
+        rows, width = batch * longest, self.dtype.itemsize
+        wide = rows * config.hidden_size * width
+        sizes = {name: wide for name in ("stream", "next_stream", "seen", "query", "key", "value")}
+        sizes |= {name: rows * config.head_size * width for name in ("cos", "sin")}
+        sizes |= {"input_ids": rows * 8, "position_ids": rows * 16, "attention_mask": rows * longest}
+        sizes["logits"] = batch * config.vocab_size * width
+        partial = kernels.partial_bytes(batch, config.num_heads, config.head_size)
+        sizes |= {"visible": batch * 16, "partial": partial, "arrived": batch * config.num_heads * 4}
+        memory, self._buffers = self._hold(sizes, "the inputs, the logits and what is between")
+        memory.clear()
+        self._row = config.head_size * width  # bytes of a token in one head
+        self._room = self.limits.total  # tokens
+        cache = len(self._names) * batch * config.num_heads * self._room * self._row
+        self._slots, _ = self._hold({"cache": cache}, "the cache")
+        taken = before - cuda.free_memory()
+        engines = self._engines.values()
+        weights = self._weights.nbytes + sum(engine.weights for engine in engines)
+        self.measured = Memory(weights, cache, taken - cache, sum(engine.activations for engine in engines))
 
     def _begin(self, batch: int) -> None:
         find_profile(self.info.profiles, batch, 1, 0)  # or there is no room for so many rows
@@ -90,82 +121,126 @@ class FastTensorRTSession(FastSession):
         """Take what lies in the cache for so many tokens of so many rows: for measuring."""
         self._begin(batch)
         self._past = past
+        self._fill(position_ids=np.zeros((batch, 2, 1)), visible=np.array([[0, past]] * batch))
 
-    def _source(self, length: int) -> cuda.Block:
-        """New rows of `length` tokens, of the first tensor; the next tensor follows where its address is aligned."""
-        pitch = length * self._row
-        step = cuda.ALIGNMENT // math.gcd(pitch, cuda.ALIGNMENT)
-        rows = -(-self._batch * self.checkpoint.num_heads // step) * step
-        return cuda.Block(self._buffers["new"].address, pitch, rows)
+    def _place(self, number: int) -> int:
+        """Where the keys or values of a layer lie, (batch, heads, room, d)."""
+        return self._slots.address + number * self._batch * self.checkpoint.num_heads * self._room * self._row
 
-    def _new_address(self, number: int, length: int) -> int:
-        source = self._source(length)
-        return source.address + number * source.rows * source.pitch
+    def _write(self, rows: list[np.ndarray]) -> None:
+        heads = self._batch * self.checkpoint.num_heads
+        for number, array in enumerate(rows):
+            given = np.ascontiguousarray(array, self.dtype)
+            width = given.shape[2] * self._row
+            target, pitch = self._place(number), self._room * self._row
+            cuda.copy_rows(target, pitch, given.ctypes.data, width, width, heads, self.stream, cuda.TO_DEVICE)
+        cuda.synchronize(self.stream)
 
-    def _put(self, length: int) -> None:
-        """Copy the new rows of all tensors behind those in the cache: one copy for each chunk that they touch."""
-        heads, source = self._batch * self.checkpoint.num_heads, self._source(length)
-        for chunk, there, here in pieces(self._past, length):
-            first = self._slots.address + (chunk * heads * CHUNK + there.start) * self._row
-            cuda.copy_block(
-                cuda.Block(first, CHUNK * self._row, self._tensor_rows),
-                cuda.Block(source.address + here.start * self._row, source.pitch, source.rows),
-                (here.stop - here.start) * self._row,
-                heads,
-                len(self._names),
-                self.stream,
-            )
-        self._past += length
-
-    def _place(self, rows: Mapping[str, np.ndarray], length: int) -> None:
-        """Rows from the host, in pieces that the place of the new ones holds."""
-        longest = max(box.sequence.max for box in self.info.profiles)
-        for start in range(0, length, longest):
-            count = min(longest, length - start)
-            for number, name in enumerate(self._names):
-                piece = np.ascontiguousarray(rows[name][:, :, start : start + count])
-                cuda.Buffer(self._new_address(number, count), piece.nbytes).fill(piece, self.stream)
-            self._put(count)
-
-    def _bind(self, length: int) -> None:
-        """Shapes and addresses of a step of `length` tokens on the cache as it is."""
-        batch, chunks = self._batch, chunks_of(self._past)
-        shapes = {"input_ids": (batch, length), "position_ids": (batch, 2, length),
-                  "attention_mask": (batch, 1, length, length), "visible": (batch, 2)}  # fmt: skip
-        self._engine.select(batch, length, self._past)
-        for name, shape in shapes.items():
-            self._engine.bind(name, self._buffers[name].address, shape)
-        for name in ("candidate_ids", "candidate_scores", "logits", *FED):
-            self._engine.bind(name, self._buffers[name].address)
-        shape = (chunks, batch, self.checkpoint.num_heads, CHUNK, self.checkpoint.head_size)
-        for number, name in enumerate(self._names):
-            self._engine.bind(f"cache.{name}", self._slots.address + number * self._tensor_bytes, shape)
-            self._engine.bind(f"new.{name}", self._new_address(number, length))
+    def _read(self) -> list[np.ndarray]:
+        shape = (self._batch, self.checkpoint.num_heads, self._past, self.checkpoint.head_size)
+        arrays = [np.empty(shape, self.dtype) for _ in self._names]
+        for number, array in enumerate(arrays):
+            heads = array.reshape(shape[0] * shape[1], -1)
+            cuda.read_rows(heads, self._place(number), self._room * self._row, self.stream)
+        return arrays
 
     def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
         self.enqueue(call, length)
-        return self._read("logits", (self._batch, self.checkpoint.vocab_size))
+        return self._read_output("logits", (self._batch, self.checkpoint.vocab_size))
 
     def enqueue(self, call: Mapping[str, np.ndarray], length: int) -> None:
-        """Send the inputs of a step of `length` tokens, run it, put its rows into the cache; waits for nothing."""
+        """Send the inputs of a step of `length` tokens and run it, its rows put into the cache; waits for nothing."""
+        find_profile(self.info.profiles, self._batch, length, self._past)
         among_new, visible = split_mask(call, self._past)
-        self._bind(length)
-        for name, array in {**call, "attention_mask": among_new, "visible": visible}.items():
-            if name in STEP_INPUTS:
-                dtype = self._engine.tensors[name].dtype
-                self._buffers[name].fill(np.ascontiguousarray(array, dtype), self.stream)
+        positions = call["position_ids"][:, :, -1:] + np.array([[0], [1]])
+        self._next = positions, visible + np.array([0, length])
+        self._fill(input_ids=call["input_ids"], position_ids=call["position_ids"], visible=visible)
+        if length == 1 and self._past:
+            self.decode()
+            return
+        self._fill(attention_mask=among_new)
         self._last = self._batch, length, self._past
-        self._engine.enqueue()
-        self._put(length)
+        self._select(length)
+        self._step(length, self._attend_prompt)
+        self._past += length
 
-    def _read(self, name: str, shape: tuple[int, ...], address: int | None = None) -> np.ndarray:
-        array = np.empty(shape, self.dtype if name == "new" else self._engine.tensors[name].dtype)
-        cuda.read_rows(array.reshape(1, -1), address or self._buffers[name].address, array.nbytes, self.stream)
+    def _fill(self, **arrays: np.ndarray) -> None:
+        kinds = {"attention_mask": np.bool_}
+        for name, array in arrays.items():
+            self._buffers[name].fill(np.ascontiguousarray(array, kinds.get(name, np.int64)), self.stream)
+
+    def _select(self, length: int) -> None:
+        """The profile of such a step, in every engine that it takes."""
+        for part, engine in self._engines.items():
+            if part != "attention" or not self._past:
+                engine.select(self._batch, length, self._past)
+
+    def _run(self, part: str, layer: int, length: int, **renamed: str) -> None:
+        """One engine over the buffers of its tensors' names. layer: which it enters; renamed: another buffer's name."""
+        engine = self._engines[part]
+        weights = weight_names(engine.tensors, layer)
+        sizes = {"batch": self._batch, "sequence": length}
+        for name, tensor in engine.tensors.items():
+            if name in weights:
+                engine.bind(name, self._places[weights[name]].address, tensor.shape)
+            else:
+                shape = _SHAPES[name](sizes, self.checkpoint) if tensor.mode == "input" else None
+                engine.bind(name, self._buffers[renamed.get(name, name)].address, shape)
+        engine.enqueue()
+
+    def _step(self, length: int, attend: Callable[[int, int], None]) -> None:
+        """All engines of a step, one behind the other."""
+        last = self.checkpoint.num_layers
+        streams = ("stream", "next_stream")
+        self._run("first", 0, length)
+        for layer in range(last):
+            attend(layer, length)
+            if layer + 1 < last:
+                now, then = streams[layer % 2], streams[(layer + 1) % 2]
+                self._run("middle", layer + 1, length, stream=now, next_stream=then)
+        # The ids were read when the step began: their place may take the next ones.
+        self._run("last", last, length, stream=streams[(last - 1) % 2], next_token="input_ids")
+
+    def _attend_prompt(self, layer: int, length: int) -> None:
+        self._run("attention", 0, length)
+        heads, width = self._batch * self.checkpoint.num_heads, length * self._row
+        for number, name in enumerate(("key", "value"), 2 * layer):
+            pitch = self._room * self._row
+            cuda.copy_rows(self._place(number), pitch, self._buffers[name].address, width, width, heads, self.stream)
+
+    def _attend_token(self, layer: int, length: int) -> None:
+        address = {name: buffer.address for name, buffer in self._buffers.items()}
+        places = [address[name] for name in ("query", "key", "value")]
+        places += [self._place(2 * layer), self._place(2 * layer + 1)]
+        places += [address[name] for name in ("seen", "visible", "partial", "arrived")]
+        self._kernels.attend(places, self._batch, self._room, self._past + 1, self.stream)
+
+    def decode(self) -> None:
+        """One step of one token, whose inputs lie in their place. The first with these shapes runs as it is, for what
+        TensorRT prepares then is not to be captured; the second is captured, and from then on its graph runs.
+        """
+        key = self._batch, math.prod(kernels.blocks_of(self._past + 1, self._batch * self.checkpoint.num_heads))
+        self._last = self._batch, 1, self._past
+        if key not in self._graphs:
+            self._select(1)
+            if key in self._seen:
+                self._graphs[key] = cuda.capture(self._step_of_one, self.stream)
+        if key in self._graphs:
+            cuda.launch(self._graphs[key], self.stream)
+        else:
+            self._seen.add(key)
+            self._step_of_one()
+        self._past += 1
+
+    def _step_of_one(self) -> None:
+        self._step(1, self._attend_token)
+        positions, visible = (self._buffers[name].address for name in ("position_ids", "visible"))
+        self._kernels.advance(positions, visible, self._batch, self.stream)
+
+    def _read_output(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = np.empty(shape, self._engines["last"].tensors[name].dtype)
+        cuda.read_rows(array.reshape(1, -1), self._buffers[name].address, array.nbytes, self.stream)
         return array
-
-    def _new_rows(self, length: int) -> dict[str, np.ndarray]:
-        shape = (self._batch, self.checkpoint.num_heads, length, self.checkpoint.head_size)
-        return {name: self._read("new", shape, self._new_address(n, length)) for n, name in enumerate(self._names)}
 
     def follow(self) -> Generator[np.ndarray]:
         """The best token of the last call, (batch,), then that of the step it is fed to, and so on, as they come.
@@ -177,13 +252,13 @@ class FastTensorRTSession(FastSession):
         events = [cuda.new_event() for _ in range(AHEAD + 1)]
         asked = given = 0
         try:
-            self._feed()
-            self._clear_mask()
+            positions, visible = self._next
+            self._fill(position_ids=positions, visible=visible)
             while True:
                 while asked <= given + AHEAD and (asked == 0 or self._past < self.limits.total):
                     if asked:
                         self.decode()
-                    tokens.receive(asked % (AHEAD + 1), self._buffers["next_token"], self.stream)
+                    tokens.receive(asked % (AHEAD + 1), self._buffers["input_ids"], self.stream)
                     cuda.mark(events[asked % (AHEAD + 1)], self.stream)
                     asked += 1
                 if given == asked:
@@ -198,44 +273,32 @@ class FastTensorRTSession(FastSession):
                 cuda.destroy_event(event)
             tokens.free()
 
-    def _feed(self) -> None:
-        """Make what came out of a step the inputs of the next one."""
-        for source, target in FED.items():
-            nbytes = {"next_token": 8, "next_position_ids": 16, "next_visible": 16}[source] * self._batch
-            cuda.copy(self._buffers[target], self._buffers[source], nbytes, self.stream)
-
-    def _clear_mask(self) -> None:
-        """A single new token sees itself."""
-        self._buffers["attention_mask"].fill(np.zeros(self._batch, np.bool_), self.stream)
-
-    def decode(self) -> None:
-        """One step of one token, whose inputs lie in their place. The first with these shapes runs as it is, for what
-        TensorRT prepares then is not to be captured; the second is captured, and from then on its graph runs.
-        """
-        key = self._batch, chunks_of(self._past)
-        self._last = self._batch, 1, self._past
-        if key in self._graphs:
-            cuda.launch(self._graphs[key], self.stream)
-        elif key in self._seen:
-            self._bind(1)
-            self._graphs[key] = cuda.capture(self._step_of_one, self.stream)
-            cuda.launch(self._graphs[key], self.stream)
-        else:
-            self._seen.add(key)
-            self._bind(1)
-            self._step_of_one()
-        self._put(1)
-
-    def _step_of_one(self) -> None:
-        self._engine.enqueue()
-        self._feed()
-
     def close(self) -> None:
         """Free everything on the GPU."""
         for graph in self._graphs.values():
             cuda.destroy_graph(graph)
         self._graphs.clear()
-        self._buffers.clear()
-        self._memory.free()
-        self._slots.free()
-        self._engine.close()
+        while self._closers:
+            self._closers.pop()()
+
+
+def _wide(sizes: Mapping[str, int], checkpoint: Checkpoint) -> tuple[int, ...]:
+    return sizes["batch"], sizes["sequence"], checkpoint.hidden_size
+
+
+def _angles(sizes: Mapping[str, int], checkpoint: Checkpoint) -> tuple[int, ...]:
+    return sizes["batch"], sizes["sequence"], checkpoint.head_size
+
+
+def _heads(sizes: Mapping[str, int], checkpoint: Checkpoint) -> tuple[int, ...]:
+    return sizes["batch"], checkpoint.num_heads, sizes["sequence"], checkpoint.head_size
+
+
+_SHAPES: dict[str, Callable[[Mapping[str, int], Checkpoint], tuple[int, ...]]] = {
+    "input_ids": lambda sizes, _: (sizes["batch"], sizes["sequence"]),
+    "position_ids": lambda sizes, _: (sizes["batch"], 2, sizes["sequence"]),
+    "attention_mask": lambda sizes, _: (sizes["batch"], 1, sizes["sequence"], sizes["sequence"]),
+    **dict.fromkeys(("stream", "seen"), _wide),
+    **dict.fromkeys(("cos", "sin"), _angles),
+    **dict.fromkeys(("query", "key", "value"), _heads),
+}

@@ -49,12 +49,19 @@ def limits(info: PlanInfo) -> Limits:
 class Engine:
     """weights, activations: bytes taken on the GPU. tensors: of the JSON, by name."""
 
-    def __init__(self, plan: Path, info: PlanInfo, package: packages.Package, *, eager: bool = False):
-        """eager: wait for the kernels of each new shape, rather than begin with general ones (RTX)."""
+    def __init__(
+        self, plan: Path, info: PlanInfo, package: packages.Package, *, eager: bool = False, stream: Any = None
+    ):
+        """eager: wait for the kernels of each new shape, rather than begin with general ones (RTX).
+
+        stream: another engine's, to run behind it; one of its own by default.
+        """
         self.info = info
         self.tensors = {tensor.name: tensor for tensor in info.tensors}
         self._log = make_log(package.module)
-        self.stream = cuda.new_stream()
+        self._own_stream = cuda.new_stream() if stream is None else None
+        self.stream = self._own_stream if stream is None else stream
+        self._shapes: dict[str, tuple[int, ...]] = {}  # as they are set, in the profile that is
         start = cuda.free_memory()
         self._runtime, self._engine = self._load(package, plan)
         loaded = cuda.free_memory()
@@ -103,11 +110,13 @@ class Engine:
         if wanted != self._profile:
             self.must(self.context.set_optimization_profile_async(wanted, self.stream), "switch the profile")
             self._profile = wanted
+            self._shapes.clear()
 
     def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
         """Where a tensor lies; shape: of an input."""
-        if shape is not None:
+        if shape is not None and self._shapes.get(name) != tuple(shape):
             self.must(self.context.set_input_shape(name, tuple(shape)), f"take {name} of shape {tuple(shape)}")
+            self._shapes[name] = tuple(shape)
         self.context.set_tensor_address(name, address)
 
     def enqueue(self) -> None:
@@ -124,4 +133,5 @@ class Engine:
 
     def close(self) -> None:
         self.context = self._engine = self._runtime = None
-        cuda.destroy_stream(self.stream)
+        if self._own_stream is not None:
+            cuda.destroy_stream(self._own_stream)

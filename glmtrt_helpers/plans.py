@@ -104,7 +104,7 @@ def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:
     No GPU is looked for, and nothing of TensorRT is loaded.
     """
     info = read_info(plan)
-    fast = " --fast" if info.onnx.endswith(".fast.onnx") else ""
+    fast = " --fast" if ".fast." in info.onnx else ""
     again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}{fast}`"
     size = plan.stat().st_size
     if size != info.plan_bytes:

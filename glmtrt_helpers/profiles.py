@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from glmtrt_helpers.checkpoints import Checkpoint, shares_vocabulary
@@ -30,7 +30,6 @@ REAL_SIZE = {
     "max_sequence_length": 2048,
 }
 TYPICAL_PROMPT, TYPICAL_PAST = 128, 512
-CHUNK = 128  # tokens of a chunk of the fast decoder's cache; a chunk of one head is 32 KB in fp16
 WORKSPACE = 4 * 2**20  # what every engine asked for beside the tensors
 
 
@@ -71,18 +70,20 @@ class Profile:
     def covers(self, batch: int, sequence: int, past: int) -> bool:
         return batch in self.batch and sequence in self.sequence and past in self.past
 
-    def shapes(self, name: str, heads: int, head_size: int, chunked: bool = False) -> list[tuple[int, ...]]:
-        """The smallest, typical and largest shape of an input of forward; chunked: of the fast decoder's."""
-        shapes: list[tuple[int, ...]] = []
+    def shapes(self, dims: Sequence[int | str]) -> list[tuple[int, ...]]:
+        """The smallest, typical and largest shape of an input whose moving dimensions are named, as the export does."""
+        shapes = []
         for which in ("min", "opt", "max"):
-            batch, sequence, past = (getattr(r, which) for r in (self.batch, self.sequence, self.past))
-            chunks = max(1, -(-past // CHUNK))
-            common = {"input_ids": (batch, sequence), "position_ids": (batch, 2, sequence)}
-            classical = {"attention_mask": (batch, 1, sequence, past + sequence)}
-            fast = {"attention_mask": (batch, 1, sequence, sequence), "visible": (batch, 2)}
-            rest = (chunks, batch, heads, CHUNK, head_size) if chunked else (past, batch, heads, head_size)
-            shapes.append((common | (fast if chunked else classical)).get(name, rest))
+            sizes = {name: getattr(getattr(self, name), which) for name in ("batch", "sequence", "past")}
+            sizes["total"] = sizes["past"] + sizes["sequence"]
+            shapes.append(tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims))
         return shapes
+
+    def of_two_rows(self) -> Profile:
+        """The same for two rows at least: where the weights are inputs and a step is of one row by the profile, not by
+        chance, TensorRT-RTX 1.6 transposes every weight at every call (10.5 ms for 4.8 at the real size).
+        """
+        return replace(self, batch=replace(self.batch, max=max(self.batch.max, 2)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -151,7 +151,7 @@ class _TracedSession(runtime.TorchSession):
                 outputs = super().run(flat)
             inside = [point for point in self.points if point.side == "softmax"]
             seen |= {point.tensor: tensor for point, tensor in zip(inside, watch.seen, strict=bool(inside))}
-            return outputs | {name: tensor.numpy() for name, tensor in seen.items()}
+            return outputs | {name: tensor.cpu().numpy() for name, tensor in seen.items()}
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,6 +1,7 @@
 """What is done to a traced graph before it is written: fold constants, name dimensions, point weights into shards."""
 
 import re
+from collections.abc import Collection
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -11,13 +12,14 @@ from glmtrt_helpers.checkpoints import Checkpoint
 _STORED = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
 
 
-def tidy(model: ir.Model, checkpoint: Checkpoint) -> None:
+def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> None:
     """Fold what is constant, the rotary tables above all, but nothing that touches a weight; keep one of each table.
+
+    weights: names of the initializers that are weights.
 
     The tables must be constants: a fused kernel would leave out the rounding of the fp16 angle between product and
     cosine, and late positions would turn by another angle than PyTorch's.
     """
-    weights = set(checkpoint.tensors)
     for name, initializer in model.graph.initializers.items():
         if name in weights and "inv_freq" not in name:
             initializer.const_value = None
@@ -54,13 +56,15 @@ def tidy(model: ir.Model, checkpoint: Checkpoint) -> None:
 def name_dimensions(model: ir.Model) -> None:
     """Give the symbols of dynamo (s18, s17 + s22, ...) the names a reader expects, everywhere in the graph."""
     shapes = {value.name: value.shape for value in model.graph.inputs}
-    places = {"batch": ("input_ids", 0), "sequence": ("input_ids", 1), "past": ("past_key_values.0.key", 0),
-              "total": ("attention_mask", 3), "chunks": ("cache.0.key", 0)}  # fmt: skip
+    # The parts of the fast decoder come without ids; among new tokens alone, the mask is sequence by sequence.
+    places = [("batch", "input_ids", 0), ("batch", "stream", 0), ("batch", "query", 0), ("sequence", "input_ids", 1),
+              ("sequence", "stream", 1), ("sequence", "query", 2), ("past", "past_key_values.0.key", 0),
+              ("total", "attention_mask", 3)]  # fmt: skip
     names: dict[str, str] = {}
-    for dimension, (name, axis) in places.items():
+    for dimension, name, axis in places:
         shape = shapes.get(name)
         if shape is not None:
-            names.setdefault(str(shape[axis]), dimension)  # among new tokens alone, the mask is sequence by sequence
+            names.setdefault(str(shape[axis]), dimension)
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     for value in values:
         if value.shape is not None:
@@ -94,3 +98,12 @@ def refer_to_shards(model: ir.Model, checkpoint: Checkpoint, wanted: ir.DataType
             value.replace_all_uses_with(cast.outputs[0])
             graph.insert_before(graph[0], cast)
         graph.register_initializer(weight)
+
+
+def make_inputs(model: ir.Model, names: Collection[str]) -> None:
+    """Take weights out of the graph: what runs it hands them in, by name, with every call."""
+    graph = model.graph
+    for name in [name for name in graph.initializers if name in names]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)

@@ -84,7 +84,7 @@ class Session(ABC):
 
 
 class TorchSession(Session):
-    """The PyTorch model itself, on the CPU."""
+    """The PyTorch model itself, on the device where it is."""
 
     backend = "torch"
 
@@ -92,6 +92,7 @@ class TorchSession(Session):
         self.model = model
         parameter = next(model.parameters())
         self.dtype = np.dtype(str(parameter.dtype).removeprefix("torch."))
+        self.device = "cuda" if parameter.is_cuda else "cpu"  # a streamed one's weights come to the CPU
 
     def empty_past(self, batch: int) -> dict[str, np.ndarray]:
         config: Any = self.model.config
@@ -104,10 +105,10 @@ class TorchSession(Session):
 
         from glmtrt_helpers import inputs
 
-        tensors = {name: torch.as_tensor(value) for name, value in flat.items()}
+        tensors = {name: torch.as_tensor(value).to(self.device) for name, value in flat.items()}
         with torch.inference_mode():
             outputs = inputs.flat_outputs(self.model(**inputs.forward_kwargs(tensors)))
-        return {name: tensor.numpy() for name, tensor in outputs.items()}
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
 
 class OrtSession(Session):
@@ -190,18 +191,21 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16", *, f
 
 def unavailable(checkpoint: Checkpoint, dtype: str = "fp16", *, fast: bool = False) -> dict[str, str]:
     """For every backend that cannot be opened here, why; without opening any."""
+    from glmtrt_helpers.fast_session import PARTS
+
     reasons = {}
-    suffix = ".fast" if fast else ""
+    stems = [f"model.{dtype}.fast.{part}" for part in PARTS] if fast else [f"model.{dtype}"]
     try:
         from glmtrt_helpers.loaded import check_plan
 
-        check_plan(checkpoint, checkpoint.directory / f"model.{dtype}{suffix}.plan")
+        for stem in stems:
+            check_plan(checkpoint, checkpoint.directory / f"{stem}.plan")
     except WorkbookError as error:
         reasons["tensorrt"] = str(error)
     except ImportError as error:
         reasons["tensorrt"] = f"cuda-python does not load ({error}): see `glmtrt doctor`."
-    graph = checkpoint.directory / f"model.{dtype}{suffix}.onnx"
-    if not graph.exists():
+    graphs = [checkpoint.directory / f"{stem}.onnx" for stem in stems]
+    for graph in [graph for graph in graphs if not graph.exists()][:1]:
         how = f"run notebook 03_export_onnx or `glmtrt export {graph.parent}{cli_options(graph)}`"
         reasons["ort"] = f"{graph.name} is missing: {how}."
     if fast:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmtrt_helpers import bench, packages, plans
+from glmtrt_helpers import bench, packages, plans, traces
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.configs import expected_shapes
 from glmtrt_helpers.contenders import Contender, Step, contenders, torch_milliseconds
@@ -31,6 +31,9 @@ BATCH_PAST = 512  # the past at which batches are compared
 SAMPLES, WARM_UP = 30, 5
 # On a CPU a step of a large model takes seconds: there a measurement ends once it has a few samples.
 SECONDS, FEWEST = 10.0, 3
+
+ENGINES = ("classical", "fast")
+TRACED = (("decode", 1, 512), ("decode", 1, 2000), ("decode", 64, 512), ("prefill", 1, 512))
 
 Size = tuple[str, int, int]  # phase, batch, past of a decode or tokens of a prompt
 
@@ -54,7 +57,7 @@ class Row:
 class Report:
     """A run. bandwidth: GB a second, read and written bytes of a copy both counted; matrix rate: of a large product.
 
-    missing: what could not run, or not at a size, and why.
+    missing: what could not run, or not at a size, and why. traces: as `traces.entry` makes them; kept apart.
     """
 
     copy_bandwidth_gb_s: float
@@ -64,6 +67,7 @@ class Report:
     memory: list[dict[str, Any]] = field(default_factory=list)
     build: list[dict[str, Any]] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    traces: list[dict[str, Any]] = field(default_factory=list)
 
 
 def sizes(
@@ -130,28 +134,40 @@ def measure(
     *,
     only: Sequence[str] = (),
     samples: int = SAMPLES,
+    rows_of: Checkpoint | None = None,
+    traced: Sequence[Size] = (),
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Report:
-    """Measure every contender, or `only` those named, at every size that it takes; one is in memory at a time."""
+    """Measure every contender, or `only` those named, at every size that it takes; one is in memory at a time.
+
+    rows_of: a working copy whose engines take several rows, for the sizes that have them. traced: sizes at which the
+    engines' kernels are recorded, too.
+    """
     makers = contenders(checkpoint, dtype)
     unknown = sorted(set(only) - set(makers))
     if unknown:
         raise WorkbookError(f"there is no engine {unknown[0]!r} to measure here: choose {', '.join(makers)}.")
     progress("copy bandwidth and products")
     report = Report(*measure_hardware(), engine_weights(checkpoint, dtype))
+    wanted = wanted or sizes(checkpoint)
     for name, make in makers.items():
         if only and name not in only:
             continue
-        progress(f"opening {name}")
-        try:
-            contender = make()
-        except WorkbookError as error:
-            report.missing[name] = str(error)
-            continue
-        try:
-            _measure_one(checkpoint, contender, wanted or sizes(checkpoint), samples, report, progress)
-        finally:
-            contender.close()
+        turns = [(make, wanted)]
+        if rows_of and name in ENGINES:
+            several = [size for size in wanted if size[1] > 1]
+            turns = [(make, [size for size in wanted if size[1] == 1]), (contenders(rows_of, dtype)[name], several)]
+        for make_this, these in turns:
+            progress(f"opening {name}")
+            try:
+                contender = make_this()
+            except WorkbookError as error:
+                report.missing[name + (", several rows" if make_this is not make else "")] = str(error)
+                continue
+            try:
+                _measure_one(checkpoint, contender, these, samples, traced, report, progress)
+            finally:
+                contender.close()
     return report
 
 
@@ -160,13 +176,14 @@ def _measure_one(
     contender: Contender,
     wanted: Sequence[Size],
     samples: int,
+    traced: Sequence[Size],
     report: Report,
     progress: Callable[[str], None],
 ) -> None:
     build: dict[str, Any] = {"engine": contender.name, "load_seconds": contender.load_seconds}
-    if contender.plan:
-        info = plans.read_info(contender.plan)
-        build |= {"build_seconds": info.seconds, "plan_bytes": info.plan_bytes}
+    infos = [plans.read_info(plan) for plan in contender.plans()]
+    if infos:
+        build |= {"build_seconds": sum(i.seconds for i in infos), "plan_bytes": sum(i.plan_bytes for i in infos)}
     report.build.append(build)
     if contender.taken is not None:
         report.memory.append({"engine": contender.name, "bytes": contender.taken})
@@ -176,6 +193,8 @@ def _measure_one(
         try:
             step = contender.step(batch, length, past if phase == "decode" else 0)
             taken = sample(contender, step, samples)
+            if (phase, batch, past) in traced and contender.name in ENGINES:
+                report.traces.append(_trace(contender, step, (phase, batch, past)))
         except WorkbookError as error:
             report.missing[f"{contender.name}, {phase}, batch {batch}, {past} tokens"] = str(error)
             continue
@@ -184,19 +203,33 @@ def _measure_one(
         report.rows.append(Row(contender.name, phase, batch, past, contender.dtype, taken, median, rate, reached))
 
 
+def _trace(contender: Contender, step: Step, size: Size) -> dict[str, Any]:
+    """The kernels of a step. Decode steps follow each other as in a chat; a prefill starts anew each time."""
+
+    def anew() -> None:
+        contender.prepare()
+        step()
+
+    contender.prepare()
+    return traces.entry(contender.name, *size, traces.record(step if size[0] == "decode" else anew))
+
+
 def save(path: Path, checkpoint: Checkpoint, report: Report, command: str) -> None:
     """Keep a run as JSON, with what it was made on."""
+    content = asdict(report)
+    del content["traces"]
+    _write(path, command, {"layers": checkpoint.num_layers, **content})
+
+
+def save_traces(path: Path, report: Report, command: str) -> None:
+    """Keep the recorded kernels of a run as JSON."""
+    _write(path, command, {"steps": report.traces})
+
+
+def _write(path: Path, command: str, content: dict[str, Any]) -> None:
     machine = bench.machine()
-    entry = {
-        "gpu": machine.pop("gpu"),
-        "driver": packages.driver_version(),
-        "versions": machine.pop("versions"),
-        "commit": _commit(),
-        "command": command,
-        **machine,
-        "layers": checkpoint.num_layers,
-        **asdict(report),
-    }
+    about = {"gpu": machine.pop("gpu"), "driver": packages.driver_version(), "versions": machine.pop("versions")}
+    entry = {**about, "commit": _commit(), "command": command, **machine, **content}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,31 +1,55 @@
-"""The yardstick in PyTorch: the same decoder with a static cache and scaled_dot_product_attention, for a CUDA graph."""
+"""The yardstick in PyTorch: the parts of `fast`, a static cache, scaled_dot_product_attention; for a CUDA graph."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from glmtrt_helpers.fast import Block, FastDecoder
+from glmtrt_helpers import checkpoints
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.fast import First, Last, Middle
+from glmtrt_helpers.fast_session import weight_names
 
 StaticCache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class StaticDecoder(FastDecoder):
-    """The weights of `fast` and the cache that PyTorch users give a model, written in place."""
+class StaticDecoder(nn.Module):
+    """The parts in a row, and the cache that PyTorch users give a model, written in place."""
 
-    def move(self, device: str) -> None:
-        """The tables, which are no parameters, to where the weights are."""
-        cos, sin = (table.to(device) for table in self.tables)
-        self.tables = cos, sin
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, blank_id: int):
+        super().__init__()
+        self.first, self.last = First(config, dtype), Last(config, dtype, blank_id)
+        self.middles = nn.ModuleList(Middle(config, dtype) for _ in range(config["num_layers"] - 1))
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> StaticDecoder:
+        """With the checkpoint's weights; on the CPU and in their own dtype they stay mapped."""
+        with torch.device("meta"):
+            made = cls(checkpoint.config, dtype, checkpoints.load_tokenizer(checkpoint).blank_id)
+        names: dict[str, str] = {}
+        parts = [
+            ("first", made.first),
+            *((f"middles.{n}", part) for n, part in enumerate(made.middles)),
+            ("last", made.last),
+        ]
+        for layer, (place, part) in enumerate(parts):
+            names |= {f"{place}.{own}": stored for own, stored in weight_names(part.state_dict(), layer).items()}
+        read = checkpoints.read_tensors(checkpoint, sorted(set(names.values())), dtype)
+        made.load_state_dict({own: read[stored] for own, stored in names.items()}, assign=True)
+        cos, sin = (table.to(device) for table in made.first.tables)
+        made.first.tables = cos, sin
+        made.last.guard = made.last.guard.to(device)  # or a copy from the host would be captured
+        return made.eval().to(device)
 
     def empty_cache(self, batch: int, length: int, device: str = "cpu") -> StaticCache:
         """Keys and values of every layer, (batch, heads, length, d)."""
-        weight, layers = self.lm_head.weight, cast(list[Block], self.transformer.layers)
-        heads = layers[0].attention.heads
+        weight, heads = self.last.lm_head.weight, self.first.enter.heads
         shape = (batch, heads, length, weight.shape[1] // heads)
-        made = [torch.zeros(shape, dtype=weight.dtype, device=device) for _ in range(2 * len(layers))]
+        made = [torch.zeros(shape, dtype=weight.dtype, device=device) for _ in range(2 * len(self.middles) + 2)]
         return list(zip(made[::2], made[1::2], strict=True))
 
     def step(
@@ -37,20 +61,15 @@ class StaticDecoder(FastDecoder):
 
         Returns the next token (batch, 1) and the logits (batch, vocabulary) of the last position.
         """
-        length = input_ids.shape[1]
-        turn = tuple(self.turn(position_ids))
+        batch, length = input_ids.shape
         mask = None if attention_mask is None else ~attention_mask
-        hidden = self.transformer.word_embeddings(input_ids)
-        layer: Any
-        for layer, (keys, values) in zip(self.transformer.layers, cache, strict=True):
-            x = layer.input_layernorm(hidden)
-            query, key, value = layer.attention.project(x, turn)
-            keys[:, :, past : past + length] = key
-            values[:, :, past : past + length] = value
-            used = slice(0, past + length)
+        used = slice(0, past + length)
+        cos, sin, stream, query, key, value = self.first(input_ids, position_ids)
+        for number, (keys, values) in enumerate(cache):
+            keys[:, :, past : past + length], values[:, :, past : past + length] = key, value
             seen = F.scaled_dot_product_attention(query, keys[:, :, used], values[:, :, used], attn_mask=mask)
-            attention = layer.attention.dense(seen.transpose(1, 2).reshape(x.shape))
-            x = layer.post_attention_layernorm(layer.alpha * x + attention)
-            hidden = layer.alpha * x + layer.mlp(x)
-        logits = self.lm_head(self.transformer.final_layernorm(hidden[:, -1]))
-        return logits.argmax(dim=-1, keepdim=True), logits
+            seen = seen.transpose(1, 2).reshape(batch, length, -1)
+            if number < len(self.middles):
+                stream, query, key, value = self.middles[number](stream, seen, cos, sin)
+        token, logits = self.last(stream, seen)
+        return token, logits

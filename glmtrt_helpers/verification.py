@@ -123,7 +123,7 @@ def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | N
             f"{path} was exported from another state of {checkpoint.code.name} than the one beside it, which was "
             f"patched or replaced since: run notebook 03_export_onnx or `glmtrt export {checkpoint.directory}` again."
         )
-    layers = sum(value.name.startswith(("present.", "new.")) for value in model.graph.output) // 2
+    layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
     shapes = configs.expected_shapes(checkpoint.config)
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
     if layers != checkpoint.num_layers or other:

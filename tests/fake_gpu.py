@@ -17,7 +17,8 @@ import onnxruntime
 import pytest
 from cuda.bindings import runtime as real
 
-from glmtrt_helpers import cuda, loaded, packages
+from glmtrt_helpers import cuda, kernels, loaded, packages
+from glmtrt_helpers.fast_session import attend
 from glmtrt_helpers.plans import PlanInfo
 
 OK = (real.cudaError_t.cudaSuccess,)
@@ -28,13 +29,13 @@ MEMORY = 2 * 10**9
 class FakeCuda:
     """The part of `cuda.bindings.runtime` that the workbook calls; all else, enumerations above all, is the real one.
 
-    launches: how often a captured graph ran. copies: calls of the strided copy.
+    launches: how often a captured graph ran.
     """
 
     def __init__(self) -> None:
         self.blocks: dict[int, np.ndarray] = {}
         self.recording: list[Callable[[], None]] | None = None
-        self.launches = self.copies = 0
+        self.launches = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(real, name)
@@ -89,21 +90,6 @@ class FakeCuda:
                 ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
 
         return self._do(work)
-
-    def cudaMemcpy3DAsync(self, one: Any, stream: Any) -> tuple[Any]:
-        self.copies += 1
-        source, target, extent = one.srcPtr, one.dstPtr, one.extent
-        if extent.width > min(source.pitch, target.pitch) or extent.height > min(source.ysize, target.ysize):
-            return BAD
-        for group in range(extent.depth):
-            status = self.cudaMemcpy2DAsync(
-                int(target.ptr) + group * target.pitch * target.ysize, target.pitch,
-                int(source.ptr) + group * source.pitch * source.ysize, source.pitch,
-                extent.width, extent.height, one.kind, stream,
-            )  # fmt: skip
-            if status != OK:
-                return status
-        return OK
 
     def cudaStreamCreate(self) -> tuple[Any, ...]:
         return (*OK, "stream")
@@ -196,6 +182,56 @@ class FakeContext:
         return True
 
 
+class FakeKernels:
+    """`kernels.Kernels` in NumPy, over raw addresses."""
+
+    def __init__(self, gpu: FakeCuda, heads: int, head_size: int, dtype: np.dtype):
+        kernels.check_head_size(head_size, dtype)
+        self.gpu, self.heads, self.size, self.dtype = gpu, heads, head_size, dtype
+        gpu.blocks[id(self)] = np.zeros(0, np.uint8)  # to see that it is unloaded
+
+    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert self.gpu._inside(address, nbytes), f"{shape} at {address} lies outside of its memory"
+        return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
+
+    def attend(self, places: list[int], batch: int, room: int, tokens: int, stream: Any) -> None:
+        one, cache = (batch, self.heads, self.size), (batch, self.heads, room, self.size)
+        query, key, value, keys, values, seen = (
+            self._view(address, shape, self.dtype)
+            for address, shape in zip(places, [one, one, one, cache, cache, one], strict=False)
+        )
+        visible = self._view(places[6], (batch, 2), np.int64)
+        blocks, span = kernels.blocks_of(tokens, batch * self.heads)
+        self._view(places[7], (batch * self.heads * blocks, self.size + 2), np.float32)
+        arrived = self._view(places[8], (batch, self.heads), np.uint32)
+
+        def work() -> None:
+            assert not arrived.any() and visible[:, 1].max() < min(room, blocks * span)
+            for row, (first, place) in enumerate(visible):
+                keys[row, :, place], values[row, :, place] = key[row], value[row]
+                some = slice(first, place + 1)
+                nothing = np.zeros((1, 1, 1, place + 1 - first), np.bool_)
+                result = attend(
+                    query[row][None, :, None], keys[row][None, :, some], values[row][None, :, some], nothing
+                )
+                seen[row] = result.reshape(self.heads, self.size)
+
+        self.gpu._do(work)
+
+    def advance(self, position_ids: int, visible: int, batch: int, stream: Any) -> None:
+        both = [self._view(address, (batch, 2), np.int64) for address in (position_ids, visible)]
+
+        def work() -> None:
+            for array in both:
+                array[:, 1] += 1
+
+        self.gpu._do(work)
+
+    def unload(self) -> None:
+        del self.gpu.blocks[id(self)]
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Put the fake in the place of the driver, the GPU and TensorRT's runtime, until the test ends."""
     gpu = FakeCuda()
@@ -210,4 +246,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         )
 
     monkeypatch.setattr(loaded.Engine, "_load", load)
+    monkeypatch.setattr(kernels, "Kernels", lambda _, *sizes: FakeKernels(gpu, *sizes))
     return gpu

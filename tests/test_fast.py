@@ -9,60 +9,72 @@ import torch
 from conftest import TINY
 from exporting import exported_copy
 
-from glmtrt_helpers import checkpoints, configs, engines, export, fast, feeds, plans, profiles, runtime, verification
+from glmtrt_helpers import checkpoints, configs, export, fast, feeds, plans, profiles, runtime, verification
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
-from glmtrt_helpers.fast_session import FastOrtSession
+from glmtrt_helpers.fast_session import PARTS, FastOrtSession, part_path, weight_names
 from glmtrt_helpers.profiles import Range
 from glmtrt_helpers.standin import train
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The trained checkpoint's working copy with both fast graphs."""
+    """The trained checkpoint's working copy with the parts in both precisions."""
     checkpoint = checkpoints.open_checkpoint(checkpoints.working_copy(TINY, tmp_path_factory.mktemp("fast")))
     for dtype in export.DTYPES:
         fast.export_fast(checkpoint, dtype)
     return checkpoint
 
 
-def open_plain(checkpoint: Checkpoint, dtype: str) -> FastOrtSession:
-    path = export.onnx_path(checkpoint, dtype, fast=True)
-    return FastOrtSession(checkpoint, runtime.OrtSession(path, optimize=False))
+def load(checkpoint: Checkpoint, part: str) -> onnx.ModelProto:
+    return onnx.load(part_path(checkpoint, "fp16", part))
 
 
-def test_parameters_are_the_state_dict(walked: Checkpoint) -> None:
-    with torch.device("meta"):
-        model = fast.FastDecoder(walked.config, torch.float16, blank_id=5)
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == configs.expected_shapes(walked.config)
+def test_every_weight_is_the_input_of_one_part_and_one_layer(walked: Checkpoint) -> None:
+    """Names and shapes are those of the state dict; two layers take none in common."""
+    taken = []
+    steps = [("first", 0), *(("middle", n) for n in range(1, walked.num_layers)), ("last", walked.num_layers)]
+    for part, layer in steps:
+        shapes = {
+            v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in load(walked, part).graph.input
+        }
+        for own, stored in weight_names(shapes, layer).items():
+            assert shapes[own] == configs.expected_shapes(walked.config)[stored]
+            taken.append(stored)
+    assert sorted(taken) == sorted(configs.expected_shapes(walked.config))
 
 
-def test_the_graph_reads_every_weight_in_place_and_pins_nothing(walked: Checkpoint) -> None:
-    path = export.onnx_path(walked, "fp16", fast=True)
-    model = onnx.load(path, load_external_data=False)
-    outside = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
-    assert outside == set(configs.expected_shapes(walked.config))
-    assert path.stat().st_size < 300_000, "no weight was copied into the graph"
-    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
-    heads, size = walked.num_heads, walked.head_size
-    assert shapes == {
-        "input_ids": ["batch", "sequence"],
-        "position_ids": ["batch", 2, "sequence"],
-        "attention_mask": ["batch", 1, "sequence", "sequence"],
-        "visible": ["batch", 2],
-        **{name: ["chunks", "batch", heads, 128, size] for name in fast.cache_names(walked.num_layers)},
+def test_the_graphs_hold_no_weight_and_pin_nothing(walked: Checkpoint) -> None:
+    heads, hidden, size = walked.num_heads, walked.hidden_size, walked.head_size
+    wide, tokens = ["batch", "sequence", hidden], ["batch", heads, "sequence", size]
+    wanted = {
+        "first": {"input_ids": ["batch", "sequence"], "position_ids": ["batch", 2, "sequence"]},
+        "middle": {"stream": wide, "seen": wide, "cos": [*wide[:2], size], "sin": [*wide[:2], size]},
+        "last": {"stream": wide, "seen": wide},
+        "attention": {
+            **dict.fromkeys(("query", "key", "value"), tokens),
+            "attention_mask": ["batch", 1, "sequence", "sequence"],
+        },
     }
-    assert [value.name for value in model.graph.output] == [*fast.CHOICES, *fast.new_names(walked.num_layers)]
+    for part in PARTS:
+        model = load(walked, part)
+        shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+        assert {name: shape for name, shape in shapes.items() if "." not in name} == wanted[part]
+        assert tuple(value.name for value in model.graph.output) == fast.GIVES[part]
+        assert part_path(walked, "fp16", part).stat().st_size < 200_000
+    # What is constant is the rotary tables and the guard's token, whatever the size of the model.
+    held = {max(tensor.dims) for part in PARTS for tensor in load(walked, part).graph.initializer if tensor.dims}
+    assert max(held) == max(walked.max_length, walked.vocab_size)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_every_case_within_the_tolerance_of_the_classical_graph(tmp_path: Path, dtype: str) -> None:
-    """Logits and presents: no past, one over several chunks, several tokens on a past, padding, the last positions."""
+    """Logits and presents: no past, a long one, several tokens on a past, padding, the last positions."""
     checkpoint = exported_copy(tmp_path)
     fast.export_fast(checkpoint, dtype)
-    result = verification.verify(checkpoint, dtype, session=open_plain(checkpoint, dtype))
+    session = runtime.open_session(checkpoint, "ort", dtype, fast=True)
+    result = verification.verify(checkpoint, dtype, session=session)
     assert result.ok and not result.skipped, result.rows
-    assert max(row.case.past for row in result.rows) > 4 * profiles.CHUNK
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
@@ -76,7 +88,7 @@ def test_every_answer_of_the_corpus_token_for_token(walked: Checkpoint, dtype: s
 
 
 def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:
-    session = open_plain(walked, "fp32")
+    session = FastOrtSession(walked, "fp32")
     call = {
         "input_ids": np.array([[5, 9, walked.config["gmask_token_id"], walked.config["bos_token_id"]]] * 2),
         "position_ids": np.array([[[0, 1, 2, 2], [0, 0, 0, 1]]] * 2),
@@ -84,23 +96,20 @@ def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:
     }
     session.step(call)
     out = session.outputs
-    assert out["next_position_ids"].tolist() == [[[2], [2]]] * 2 and out["next_visible"].tolist() == [[0, 4]] * 2
-    best = np.argsort(-out["logits"], axis=-1, kind="stable")[:, : fast.CANDIDATES]
-    assert (out["next_token"] == best[:, :1]).all() and (out["candidate_ids"] == best).all()
-    assert (out["candidate_scores"] == np.take_along_axis(out["logits"], best, -1)).all()
+    assert (out["next_token"] == out["logits"].argmax(axis=-1, keepdims=True)).all()
 
 
-def test_a_score_that_is_no_number_makes_the_guards_token(walked: Checkpoint) -> None:
-    """As upstream's processor of invalid scores: the whole batch says the tokenizer's blank, 5 here."""
-    model = fast.load_decoder(walked)
+def test_a_score_that_is_no_number_gives_the_guards_token(walked: Checkpoint) -> None:
+    """As upstream does in generation: one of any row, and all rows get the token that stands for nothing."""
     assert checkpoints.load_tokenizer(walked).blank_id == 5
-    assert fast.FastDecoder(walked.config, torch.float32, blank_id=7).guard.argmax() == 7
-    call = fast.example_inputs(walked.config, 2, 3, 1, torch.float32)
-    assert model(**call)[5].max() < 1e3
-    call["cache"][0][1][0, 1, 0, 0, 0] = float("nan")  # of one row, and hidden: 0 times NaN is NaN
-    token, _, _, ids, scores, logits, *_ = model(**call)
-    assert token.flatten().tolist() == [5, 5] == ids[:, 0].tolist() and scores[:, 0].tolist() == [5e4, 5e4]
-    assert logits.sum() == 1e5
+    session = FastOrtSession(walked, "fp32")
+    stream = {name: np.zeros((2, 3, walked.hidden_size), np.float32) for name in ("stream", "seen")}
+    right = session._run("last", walked.num_layers, stream)
+    assert right["logits"].max() < 1e3
+    stream["seen"][1, -1, 0] = np.nan
+    out = session._run("last", walked.num_layers, stream)
+    assert out["next_token"].flatten().tolist() == [5, 5] and out["logits"].sum() == 1e5
+    assert fast.Last(walked.config, torch.float32, blank_id=7).guard.argmax() == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -114,25 +123,28 @@ def test_rotary_tables_are_upstreams(walked: Checkpoint, dtype: torch.dtype) -> 
     assert torch.equal(sin[:, half:], wanted[1].squeeze(1)[:, half:]) and torch.equal(sin[:, :half], -sin[:, half:])
 
 
-def test_an_engine_with_profiles_in_chunks_is_built_without_a_gpu(walked: Checkpoint) -> None:
+def test_engines_of_a_layer_are_built_without_a_gpu(walked: Checkpoint) -> None:
+    """Some megabytes each, whatever the weights weigh; a graph that was changed since makes its engine stale."""
     boxes = profiles.chat_profiles(walked, Range(1, 2, 8), past=Range(1, 300, 600))
-    path = export.onnx_path(walked, "fp16", fast=True)
-    report = engines.build_engine(walked, "fp16", boxes, onnx_path=path)
-    assert report.plan.name == "model.fp16.fast.plan" and plans.open_plan(walked, report.plan) == report.info
-    tensors = {tensor.name: tensor for tensor in report.info.tensors}
-    assert tensors["cache.1.key"].profiles[0] == [[1, 1, 4, 128, 32], [1, 2, 4, 128, 32], [1, 8, 4, 128, 32]]
-    assert tensors["cache.1.key"].profiles[1] == [[1, 1, 4, 128, 32], [3, 2, 4, 128, 32], [5, 8, 4, 128, 32]]
-    assert tensors["visible"].profiles[1][1:] == [[2, 2], [8, 2]]
-    last = walked.max_length - 1
-    assert tensors["attention_mask"].profiles[0][2] == [8, 1, last, last]
+    reports = dict(zip(PARTS, fast.build_fast(walked, "fp16", boxes), strict=True))
+    for part, report in reports.items():
+        assert report.plan == part_path(walked, "fp16", part, "plan")
+        assert plans.open_plan(walked, report.plan) == report.info and report.info.plan_bytes < 6e6
+    tensors = {tensor.name: tensor for tensor in reports["middle"].info.tensors}
+    last, hidden = walked.max_length - 1, walked.hidden_size
+    assert tensors["stream"].profiles == [
+        [[1, 1, hidden], [2, 128, hidden], [8, last, hidden]], [[1, 1, hidden], [2, 1, hidden], [8, 1, hidden]]
+    ]  # fmt: skip
+    assert [profile.name for profile in reports["attention"].info.profiles] == ["prefill"]
+    path = part_path(walked, "fp16", "middle")
     path.write_bytes(path.read_bytes() + b"\0\0")
-    with pytest.raises(WorkbookError, match=r"another model.fp16.fast.onnx .* --dtype fp16 --fast`"):
-        plans.open_plan(walked, report.plan)
+    with pytest.raises(WorkbookError, match=r"another model.fp16.fast.middle.onnx .* --dtype fp16 --fast`"):
+        plans.open_plan(walked, reports["middle"].plan)
 
 
 def test_a_missing_graph_and_a_dtype_that_is_none(_random_master: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(_random_master)
-    with pytest.raises(WorkbookError, match=r"model.fp16.fast.onnx is missing: run .*`glmtrt export .* --fast`"):
-        engines.build_engine(checkpoint, "fp16", onnx_path=export.onnx_path(checkpoint, "fp16", fast=True))
+    with pytest.raises(WorkbookError, match=r"model.fp16.fast.first.onnx is missing: run .*`glmtrt export .* --fast`"):
+        fast.build_fast(checkpoint, "fp16")
     with pytest.raises(WorkbookError, match="dtype 'int4' is not exported"):
         fast.export_fast(checkpoint, "int4")

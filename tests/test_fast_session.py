@@ -1,13 +1,15 @@
-"""The session over chunks: where rows go, what is hidden, and that a chat cannot tell it from the classical one."""
+"""The session over the parts: what is hidden, which weights go where, that a chat cannot tell it from the classical."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from glmtrt_helpers import checkpoints, export, fast, fast_session, feeds, runtime
+from glmtrt_helpers import checkpoints, fast, fast_session, feeds, runtime
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.shards import StoredTensor
 
 
 @pytest.fixture(scope="module")
@@ -17,23 +19,35 @@ def checkpoint(_random_master: Path, tmp_path_factory: pytest.TempPathFactory) -
     return opened
 
 
-def test_pieces_cover_every_row_once() -> None:
-    assert fast_session.pieces(0, 4) == [(0, slice(0, 4), slice(0, 4))]
-    assert fast_session.pieces(126, 1) == [(0, slice(126, 127), slice(0, 1))]
-    assert fast_session.pieces(128, 1) == [(1, slice(0, 1), slice(0, 1))]
-    for past, length in ((0, 128), (100, 60), (127, 2), (120, 300), (256, 129)):
-        rows = [128 * chunk + row for chunk, there, _ in fast_session.pieces(past, length)
-                for row in range(there.start, there.stop)]  # fmt: skip
-        new = [row for _, _, here in fast_session.pieces(past, length) for row in range(here.start, here.stop)]
-        assert rows == list(range(past, past + length)) and new == list(range(length))
-    assert [fast_session.chunks_of(n) for n in (0, 1, 128, 129, 256)] == [1, 1, 1, 2, 2]
+def test_weights_of_a_layer_and_of_the_one_before() -> None:
+    names = ["stream", "leave.mlp.dense_4h_to_h.bias", "enter.attention.query_key_value.weight", "lm_head.weight"]
+    assert fast_session.weight_names(names, 3) == {
+        "leave.mlp.dense_4h_to_h.bias": "transformer.layers.2.mlp.dense_4h_to_h.bias",
+        "enter.attention.query_key_value.weight": "transformer.layers.3.attention.query_key_value.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16", "F32"])
+def test_weights_are_read_as_they_are_stored(checkpoint: Checkpoint, tmp_path: Path, stored: str) -> None:
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    tensor = torch.randn(3, 5).to(kinds[stored])
+    (tmp_path / "shard").write_bytes(b"head" * 3 + tensor.view(torch.uint8).numpy().tobytes())
+    entry = StoredTensor(tmp_path / "shard", stored, (3, 5), 12, tensor.nbytes)
+    odd = Checkpoint(tmp_path, checkpoint.config, {"weight": entry})
+    for dtype in ("f2", "f4"):
+        read = fast_session.read_weight(odd, "weight", np.dtype(dtype))
+        assert read.dtype == dtype and np.array_equal(read, tensor.float().numpy().astype(dtype))
 
 
 def test_the_mask_is_split_into_new_and_visible(checkpoint: Checkpoint) -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     call = feeds.prefill(checkpoint, [tokenizer.encode("a"), tokenizer.encode("the good dog")])
     among, visible = fast_session.split_mask(call, 0)
-    assert (among == call["attention_mask"]).all() and visible[1].tolist() == [0, 0]
+    mask = call["attention_mask"]
+    blind = mask.all(axis=-1, keepdims=True)  # tokens of padding see nothing; they are let see all
+    assert blind.any() and not (among & blind).any() and (among == mask)[np.broadcast_to(~blind, mask.shape)].all()
+    assert visible[1].tolist() == [0, 0]
     length = call["input_ids"].shape[1]
     assert visible[0].tolist() == [length - len(tokenizer.encode("a")), 0], "padding is known before it is cached"
     among, visible = fast_session.split_mask(feeds.decode(call, np.array([7, 8])), length)
@@ -45,8 +59,8 @@ def test_the_mask_is_split_into_new_and_visible(checkpoint: Checkpoint) -> None:
         fast_session.split_mask(hole, length)
 
 
-def test_a_long_batch_is_the_classical_one_across_chunks(checkpoint: Checkpoint) -> None:
-    """Left-padded prompts of 120 and 60 tokens and 20 answers' tokens: the cache passes from one chunk to the next."""
+def test_a_long_batch_is_the_classical_one(checkpoint: Checkpoint) -> None:
+    """Left-padded prompts of 120 and 60 tokens and 28 tokens behind them."""
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     prompts = [tokenizer.encode("the good dog " * count) for count in (11, 4)]
     assert 100 < len(prompts[0]) < 128 < len(prompts[0]) + 28
@@ -59,7 +73,7 @@ def test_a_long_batch_is_the_classical_one_across_chunks(checkpoint: Checkpoint)
     assert isinstance(got, fast_session.FastSession) and got.past == length - 1
     got.reset()
     assert got.past == 0
-    # A second talk finds the rows of the first in its chunks, and does not see them.
+    # A second talk does not see the rows of the first.
     call = feeds.prefill(checkpoint, [prompts[1]])
     wanted.reset()
     assert np.allclose(got.step(call), wanted.step(call), atol=1e-4)
@@ -81,13 +95,13 @@ def test_a_cache_that_is_full_or_of_other_rows(checkpoint: Checkpoint) -> None:
 
 def test_what_is_missing_is_named(checkpoint: Checkpoint) -> None:
     with pytest.raises(
-        WorkbookError, match=r"model.fp16.fast.onnx is missing: .*`glmtrt export .*chatglm_random --fast`"
+        WorkbookError, match=r"model.fp16.fast.first.onnx is missing: .*`glmtrt export .*chatglm_random --fast`"
     ):
         runtime.open_session(checkpoint, "ort", "fp16", fast=True)
-    with pytest.raises(WorkbookError, match=r"model.fp32.fast.plan is missing.* --dtype fp32 --fast`"):
+    with pytest.raises(WorkbookError, match=r"model.fp32.fast.first.plan is missing.* --dtype fp32 --fast`"):
         runtime.open_session(checkpoint, "tensorrt", "fp32", fast=True)
     with pytest.raises(WorkbookError, match="the fast decoder does not run on torch"):
         runtime.open_session(checkpoint, "torch", "fp32", fast=True)
     assert set(runtime.unavailable(checkpoint, fast=True)) == {"torch", "ort", "tensorrt"}
     assert runtime.best_backend(checkpoint, "fp32", fast=True)[0] == "ort"
-    assert not export.onnx_path(checkpoint, "fp16", fast=True).exists()
+    assert not fast_session.part_path(checkpoint, "fp16", "first").exists()

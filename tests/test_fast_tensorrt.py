@@ -9,11 +9,12 @@ from conftest import make_random
 
 from glmtrt_helpers import (
     checkpoints,
-    engines,
     export,
     fast,
+    fast_session,
     fast_tensorrt,
     feeds,
+    patches,
     profiles,
     references,
     runtime,
@@ -29,15 +30,16 @@ BATCH = Range(1, 2, 4)
 
 def prepare(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     fast.export_fast(checkpoint, dtype)
-    boxes = profiles.chat_profiles(checkpoint, BATCH)
-    engines.build_engine(checkpoint, dtype, boxes, onnx_path=export.onnx_path(checkpoint, dtype, fast=True))
+    fast.build_fast(checkpoint, dtype, profiles.chat_profiles(checkpoint, BATCH))
     return checkpoint
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Random weights, 300 positions: three chunks. Rows of 32 bytes, which leave addresses to be aligned."""
+    """Random weights, 300 positions: eight blocks of the attention at most, in rows of 32 bytes."""
     directory = make_random(tmp_path_factory.mktemp("small") / "chatglm_random", max_sequence_length=300)
+    patches.patch_checkpoint(directory)
+    export.export_model(checkpoints.open_checkpoint(directory), "fp16")
     return prepare(checkpoints.open_checkpoint(directory), "fp16")
 
 
@@ -59,25 +61,43 @@ def prompts(checkpoint: Checkpoint, *counts: int) -> list[list[int]]:
     return [tokenizer.encode("the good dog " * count) for count in counts]
 
 
-def test_memory_is_one_cache_and_one_set_of_new_rows(small: Checkpoint, session: FastTensorRTSession) -> None:
-    """At the real size that is 2 x 0.94 GB, and a byte too many in a row would be a GB."""
-    numbers = 2 * small.num_layers * BATCH.max * small.num_heads * small.head_size
-    assert session._buffers["new"].nbytes == 2 * numbers * 299  # the longest prompt
-    assert session.measured.cache == pytest.approx(2 * numbers * 3 * 128, abs=2**20)
+def test_memory_is_the_weights_and_one_cache(small: Checkpoint, session: FastTensorRTSession) -> None:
+    """At the real size that is 12.4 and 0.94 GB, and a second of either would be felt."""
+    numbers = 2 * small.num_layers * BATCH.max * small.num_heads * 300 * small.head_size
+    assert session.measured.cache == 2 * numbers
+    assert session.measured.weights == pytest.approx(profiles.engine_weights(small, "fp16"), abs=256 * 40)
+    assert len({place.address for place in session._places.values()}) == len(session._places)
 
 
-def test_a_chat_over_three_chunks_feeds_itself(
+def test_a_vocabulary_matrix_that_is_stored_twice_is_held_once(
+    small: Checkpoint, session: FastTensorRTSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of samples alone is not enough; the numbers decide."""
+    monkeypatch.setattr(fast_tensorrt, "shares_vocabulary", lambda checkpoint: True)
+    first, second = fast_tensorrt.VOCABULARY
+
+    def read_same(checkpoint: Checkpoint, name: str, dtype: np.dtype) -> np.ndarray:
+        return fast_session.read_weight(checkpoint, first if name == second else name, dtype)
+
+    for same in (False, True):
+        if same:
+            monkeypatch.setattr(fast_tensorrt, "read_weight", read_same)
+        opened = FastTensorRTSession.open(small)
+        assert len({place.address for place in opened._places.values()}) == len(opened._places) - same
+        opened.close()
+
+
+def test_a_chat_up_to_the_last_position_feeds_itself(
     small: Checkpoint, session: FastTensorRTSession, gpu: fake_gpu.FakeCuda
 ) -> None:
-    """A padded batch from 115 tokens to the last position: ONNX Runtime's tokens, from graphs captured once a chunk."""
+    """A padded batch from 115 tokens on: ONNX Runtime's tokens, from a graph for 128, 256 and 512 tokens each."""
     batch = prompts(small, 11, 3)
     assert 100 < len(batch[0]) < 128
     wanted = runtime.open_session(small, "ort", fast=True)
     assert list(runtime.generate(session, small, batch)) == list(runtime.generate(wanted, small, batch))
-    assert session.past == 300 and len(session._graphs) == 3
+    assert session.past == 300 and set(session._graphs) == {(2, 128), (2, 256), (2, 512)}
     steps = 300 - len(batch[0])  # the last of them ran ahead and nobody waited for it
-    assert gpu.launches == steps - 3, "all but the first step of each chunk ran as a graph"
-    assert gpu.copies == 1 + steps, "new rows of all layers went into the cache at once"
+    assert gpu.launches == steps - 3, "all but the first step of each number of blocks ran as a graph"
     # Another prompt, in graphs that are there already; what was in the cache is hidden.
     one = prompts(small, 2)
     assert list(runtime.generate(session, small, one)) == list(runtime.generate(wanted, small, one))
@@ -98,12 +118,12 @@ def test_padding_stays_hidden_when_steps_feed_themselves(
     for _ in range(30):
         token = next(steps)
         right = wanted.step(call)
-        assert np.array_equal(session._read("logits", right.shape).astype(np.float32), right)
+        assert np.array_equal(session._read_output("logits", right.shape).astype(np.float32), right)
         call = feeds.decode(call, token)
     steps.close()
 
 
-def test_a_prompt_of_several_chunks_and_steps_from_the_host(small: Checkpoint, session: FastTensorRTSession) -> None:
+def test_steps_from_the_host(small: Checkpoint, session: FastTensorRTSession) -> None:
     """Without `follow`, as sampling decodes: the host chooses, each step's logits are those of ONNX Runtime."""
     wanted = runtime.open_session(small, "ort", fast=True)
     batch = prompts(small, 20, 27)
@@ -115,9 +135,9 @@ def test_a_prompt_of_several_chunks_and_steps_from_the_host(small: Checkpoint, s
 
 
 def test_every_case_the_profiles_take(small: Checkpoint, session: FastTensorRTSession) -> None:
-    """A past from the host, over chunks and padded; logits and presents against PyTorch."""
+    """A past from the host, long ones and padded; logits and presents against PyTorch."""
     cases = [case for case in references.CASES if case.past == 0 or case.sequence == 1]
-    result = verification.verify(small, "fp16", cases, export.onnx_path(small, "fp16", fast=True), session)
+    result = verification.verify(small, "fp16", cases, session=session)
     assert len(result.rows) == 8 and all(row.ok for row in result.rows), result.rows
 
 
@@ -144,11 +164,12 @@ def test_what_does_not_fit(small: Checkpoint, session: FastTensorRTSession, gpu:
         session.step(feeds.prefill(small, prompts(small, 1, 1)))  # a chunk on a past is in no profile of a chat
     blocks = dict(gpu.blocks)
     gpu.blocks[0] = np.empty(fake_gpu.MEMORY, np.uint8)
-    with pytest.raises(WorkbookError, match="the GPU has not enough memory to hold the new rows"):
+    with pytest.raises(WorkbookError, match="the GPU has not enough memory to hold the weights"):
         FastTensorRTSession.open(small)
+    assert set(gpu.blocks) == {0, *blocks}, "what was taken before it came out is given back"
     gpu.blocks = blocks
 
 
 def test_an_engine_that_is_missing(small: Checkpoint) -> None:
-    with pytest.raises(WorkbookError, match=r"model.fp32.fast.plan is missing.*--fast"):
+    with pytest.raises(WorkbookError, match=r"model.fp32.fast.first.plan is missing.*--fast"):
         FastTensorRTSession.open(small, "fp32")

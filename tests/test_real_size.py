@@ -2,6 +2,7 @@
 
 glmtrt standin models/chatglm_6b_random --size 6b && glmtrt copy models/chatglm_6b_random
 glmtrt bench memory models/run/chatglm_6b_random --phase patch --phase export --phase build
+glmtrt export models/run/chatglm_6b_random --fast && glmtrt build models/run/chatglm_6b_random --fast
 GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/test_real_size.py
 """
 
@@ -11,13 +12,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from glmtrt_helpers import bench, checkpoints, feeds, plans, profiles, references, runtime, verification
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
-from glmtrt_helpers.tensorrt_session import TensorRTSession
+from glmtrt_helpers.fast_session import part_path
+from glmtrt_helpers.fast_tensorrt import FastTensorRTSession
+from glmtrt_helpers.profiles import Memory
+from glmtrt_helpers.runtime import Session
 
 LARGE = os.environ.get("GLMTRT_LARGE", "")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not LARGE, reason="GLMTRT_LARGE names no working copy")]
@@ -32,30 +38,43 @@ def checkpoint() -> Checkpoint:
     return opened
 
 
-@pytest.fixture(scope="module")
-def session(checkpoint: Checkpoint) -> Iterator[TensorRTSession]:
-    opened = TensorRTSession.open(checkpoint)
+@pytest.fixture(scope="module", params=["classical", "fast"])
+def session(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Session]:
+    is_fast = request.param == "fast"
+    plan = part_path(checkpoint, "fp16", "middle", "plan") if is_fast else plans.plan_path(checkpoint, "fp16")
+    if not plan.exists():
+        pytest.skip(f"{plan} was not built")
+    opened = runtime.open_session(checkpoint, "tensorrt", fast=is_fast)
     yield opened
     opened.close()
 
 
-def keep(name: str, **content: object) -> None:
+def keep(name: str, session: Session, **content: object) -> None:
     kept = {**bench.machine(), **content}
     print(json.dumps(content))
     if "GLMTRT_KEEP" in os.environ:
-        Path(os.environ["GLMTRT_KEEP"], name).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        kind = "fast" if isinstance(session, FastTensorRTSession) else "classical"
+        Path(os.environ["GLMTRT_KEEP"], f"{name}.{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def test_predicted_memory_is_what_is_taken(checkpoint: Checkpoint, session: TensorRTSession) -> None:
+def test_memory_that_is_taken(checkpoint: Checkpoint, session: Session) -> None:
+    """As predicted, within 5%; of the fast engine no more than 14.5 GB at 2048 tokens."""
+    measured: Memory = session.measured  # type: ignore[attr-defined]
+    if isinstance(session, FastTensorRTSession):
+        keep("engine_memory_6b", session, measured=asdict(measured))
+        assert measured.total < 14.5e9 and measured.cache == 2 * 28 * 2048 * 4096 * 2
+        return
     info = plans.read_info(plans.plan_path(checkpoint, "fp16"))
-    predicted, measured = profiles.predict_memory(checkpoint, info.profiles), session.measured
-    keep("memory_6b.json", predicted=asdict(predicted), measured=asdict(measured), build_seconds=info.seconds)
+    predicted = profiles.predict_memory(checkpoint, info.profiles)
+    keep(
+        "engine_memory_6b", session, predicted=asdict(predicted), measured=asdict(measured), build_seconds=info.seconds
+    )
     assert measured.total == pytest.approx(predicted.total, rel=0.05)
     assert measured.weights == pytest.approx(predicted.weights, rel=0.05)
     assert measured.cache == pytest.approx(predicted.cache, rel=0.05)
 
 
-def test_decode_and_prefill_run(checkpoint: Checkpoint, session: TensorRTSession) -> None:
+def test_decode_and_prefill_run(checkpoint: Checkpoint, session: Session) -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     prompt = feeds.chat_prompt(tokenizer, "你好")
     started = time.perf_counter()
@@ -63,16 +82,31 @@ def test_decode_and_prefill_run(checkpoint: Checkpoint, session: TensorRTSession
     seconds = time.perf_counter() - started
     again = runtime.greedy(session, checkpoint, prompt, max_length=len(prompt) + 64)
     assert answer == again and len(answer) > 1
-    keep("chat_6b.json", tokens=len(answer), seconds=seconds)
+    keep("chat_6b", session, tokens=len(answer), seconds=seconds)
     session.reset()
     with pytest.raises(WorkbookError, match="outside every profile"):
         session.step(feeds.prefill(checkpoint, [prompt] * 2))
 
 
-def test_error_at_full_depth_against_fp32(checkpoint: Checkpoint, session: TensorRTSession) -> None:
+@pytest.fixture(scope="module")
+def right(checkpoint: Checkpoint) -> Iterator[None]:
+    """PyTorch's numbers, once for both engines; on the GPU, too, for its fp32 takes minutes on a CPU."""
+
+    def load(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
+        return checkpoints.load_model(checkpoint, dtype, **options).to("cuda")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(references.streaming, "load_bounded", load)
+        ready = references.references(checkpoint, "fp16", CASES)
+        patched.setattr(verification, "references", lambda *_, **__: ready)
+        torch.cuda.empty_cache()
+        yield
+
+
+def test_error_at_full_depth_against_fp32(checkpoint: Checkpoint, session: Session, right: None) -> None:
     """At most 1.5 times PyTorch fp16's own error, at logits and every present."""
     result = verification.verify(checkpoint, "fp16", CASES, session=session)
     rows = [{"case": row.case.name, "tensor": row.tensor, "error": row.error, "allowed": row.tolerance,
              "pytorch_fp16": row.own_error} for row in result.rows]  # fmt: skip
-    keep("verify_6b.json", rows=rows, problems=result.problems)
+    keep("verify_6b", session, rows=rows, problems=result.problems)
     assert result.ok, rows

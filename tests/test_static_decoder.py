@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 
-from glmtrt_helpers import checkpoints, fast, feeds, runtime
+from glmtrt_helpers import checkpoints, feeds, runtime
 from glmtrt_helpers.static_decoder import StaticDecoder
 
 
 def test_logits_of_a_padded_prompt_and_the_steps_behind_it(_random_master: Path) -> None:
     checkpoint = checkpoints.open_checkpoint(_random_master)
-    decoder = fast.load_decoder(checkpoint, torch.float32, StaticDecoder)
-    assert isinstance(decoder, StaticDecoder)
+    decoder = StaticDecoder.load(checkpoint, torch.float32)
     wanted = runtime.TorchSession(checkpoints.load_model(checkpoint))
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     call = feeds.prefill(checkpoint, [tokenizer.encode("the good dog"), tokenizer.encode("a")])

@@ -1,0 +1,174 @@
+"""The CUDA kernels: their source run on the host, thread by thread, against the formula; on a GPU they themselves."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glmtrt_helpers import kernels, packages
+from glmtrt_helpers.errors import WorkbookError
+
+HERE = Path(__file__).parent
+Given = dict[str, Any]
+SHAPES = [
+    # batch, heads, head size, room, places of the new token, first that may be seen
+    (1, 2, 128, 200, [150], [0]),
+    (1, 1, 128, 130, [1], [0]),
+    (2, 2, 32, 300, [299, 64], [0, 0]),
+    (2, 1, 16, 256, [127, 128], [70, 3]),
+    (3, 2, 32, 140, [63, 64, 130], [0, 5, 129]),
+]
+
+
+def make(shape: Any, dtype: np.dtype) -> Given:
+    batch, heads, size, room, places, firsts = shape
+    random = np.random.default_rng(0)
+    new = {name: random.standard_normal((batch, heads, size)).astype(dtype) for name in ("query", "key", "value")}
+    cache = {name: random.standard_normal((batch, heads, room, size)).astype(dtype) for name in ("keys", "values")}
+    for row in range(batch):  # what may not be seen is no number
+        for array in cache.values():
+            array[row, :, : firsts[row]] = array[row, :, places[row] :] = np.nan
+    visible = np.array([firsts, places], np.int64).T.copy()
+    return new | cache | {"seen": np.full((batch, heads, size), np.nan, dtype), "visible": visible}
+
+
+def wanted(given: Given) -> np.ndarray:
+    """Softmax over what may be seen and the new token, in fp64."""
+    batch, heads, size = given["query"].shape
+    out = np.empty((batch, heads, size))
+    for row, (first, place) in enumerate(given["visible"]):
+        for head in range(heads):
+            both = [
+                np.vstack([given[many][row, head, first:place], given[one][row, head][None]]).astype(np.float64)
+                for many, one in (("keys", "key"), ("values", "value"))
+            ]
+            scores = both[0] @ given["query"][row, head].astype(np.float64) / np.sqrt(size)
+            shares = np.exp(scores - scores.max())
+            out[row, head] = shares @ both[1] / shares.sum()
+    return out
+
+
+def check(given: Given, run: Callable[[Given], None], dtype: np.dtype) -> None:
+    right, before = wanted(given), {name: given[name].copy() for name in ("keys", "values")}
+    run(given)
+    assert np.abs(given["seen"] - right).max() < (2e-3 if dtype == np.float16 else 1e-5)
+    for many, one in (("keys", "key"), ("values", "value")):
+        for row, (_, place) in enumerate(given["visible"]):
+            before[many][row, :, place] = given[one][row]
+        assert np.array_equal(given[many], before[many], equal_nan=True), "one row is written, at its place"
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is missing")
+    folder, built = tmp_path_factory.mktemp("attend"), {}
+
+    def run(given: Given, busy: int = 1) -> None:
+        batch, heads, size = given["query"].shape
+        half, room = given["query"].dtype == np.float16, given["keys"].shape[2]
+        if (size, half) not in built:
+            target = folder / f"attend{size}{half}.so"
+            options = [f"-DD={size}", *["-DHALF"] * half, f"-I{kernels.SOURCE.parent}", "-std=c++20", "-O1", "-pthread"]
+            command = [compiler, *options, "-w", "-shared", "-fPIC", "-o", str(target), str(HERE / "attend_on_cpu.cpp")]
+            subprocess.run(command, check=True)
+            built[size, half] = ctypes.CDLL(str(target)).run
+        tokens = int(given["visible"][:, 1].max()) + 1
+        blocks, span = kernels.blocks_of(tokens, batch * heads * busy)
+        order = np.random.default_rng(1).permutation(blocks * heads * batch).astype(np.int32)
+        partial = np.full(kernels.partial_bytes(batch, heads, size) // 4, np.nan, np.float32)
+        arrived = np.zeros(batch * heads, np.uint32)
+        names = ("query", "key", "value", "keys", "values", "seen", "visible")
+        arrays = [np.ascontiguousarray(given[name]) for name in names]
+        places = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, partial, arrived)]
+        for _ in range(2):  # the second time finds the counters as the first one left them
+            built[size, half](
+                ctypes.c_void_p(order.ctypes.data), len(order), blocks, heads, batch, *places, room, span,
+                ctypes.c_float(size**-0.5),
+            )  # fmt: skip
+        assert not arrived.any()
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("f2"), np.dtype("f4")])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("busy", [1, 256, 10**6])
+def test_attention_thread_by_thread(shape: Any, busy: int, dtype: np.dtype, on_host: Callable[..., None]) -> None:
+    """With a block for each round, with some rounds in a block, and with one block a head, as a large batch has it."""
+    check(make(shape, dtype), functools.partial(on_host, busy=busy), dtype)
+
+
+def on_gpu(given: Given) -> None:
+    from glmtrt_helpers import cuda
+
+    names = ("query", "key", "value", "keys", "values", "seen", "visible")
+    batch, heads, size = given["query"].shape
+    tokens, stream = int(given["visible"][:, 1].max()) + 1, cuda.new_stream()
+    sizes = {name: given[name].nbytes for name in names}
+    sizes |= {"partial": kernels.partial_bytes(batch, heads, size), "arrived": 4 * batch * heads}
+    memory = cuda.Memory(sum(map(cuda.aligned, sizes.values())), "a test")
+    memory.clear()
+    places = memory.divide(sizes)
+    for name in names:
+        places[name].fill(given[name], stream)
+    made = kernels.Kernels(packages.gpus()[0].capability, heads, size, given["query"].dtype)
+    for _ in range(2):
+        made.attend([p.address for p in places.values()], batch, given["keys"].shape[2], tokens, stream)
+    for name in ("seen", "keys", "values"):
+        cuda.read_rows(given[name].reshape(1, -1), places[name].address, given[name].nbytes, stream)
+    before = given["visible"].copy()
+    positions = np.stack([np.full(batch, 7), np.arange(batch)], axis=1).astype(np.int64)
+    places["partial"].fill(positions, stream)
+    made.advance(places["partial"].address, places["visible"].address, batch, stream)
+    moved = np.empty_like(positions)
+    cuda.read_rows(moved.reshape(1, -1), places["partial"].address, moved.nbytes, stream)
+    assert (moved == positions + np.array([0, 1])).all()
+    cuda.read_rows(moved.reshape(1, -1), places["visible"].address, moved.nbytes, stream)
+    assert (moved == before + np.array([0, 1])).all()
+    made.unload()
+    memory.free()
+    cuda.destroy_stream(stream)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.dtype("f2"), np.dtype("f4")])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (2, 32, 128, 2048, [2047, 700], [0, 100]), (70, 32, 128, 300, [280] * 70, [9] * 70)]
+)
+def test_attention_on_the_gpu(shape: Any, dtype: np.dtype) -> None:
+    check(make(shape, dtype), on_gpu, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("f2"), np.dtype("f4")])
+def test_the_source_is_compiled_without_a_gpu(dtype: np.dtype) -> None:
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        code = kernels.compile_source(capability, 128, dtype)
+        assert code.startswith(b"\x7fELF") and b"attend" in code and b"advance" in code
+
+
+def test_blocks_share_a_past() -> None:
+    """Of 32 heads, as long as the card has room for more blocks; what they take together is the whole past."""
+    assert [kernels.blocks_of(n, 32) for n in (1, 64, 65, 300, 2048)] == [(1, 64), (1, 64), (2, 64), (8, 64), (32, 64)]
+    assert [kernels.blocks_of(n, 32 * 8) for n in (1, 300, 2048)] == [(1, 64), (4, 128), (4, 512)]
+    assert kernels.blocks_of(513, 32 * 64) == (1, 1024)
+    for heads in (1, 4, 32, 96, 2048):
+        for tokens in range(1, 2049, 13):
+            blocks, span = kernels.blocks_of(tokens, heads)
+            assert blocks * span >= tokens and span % 64 == 0 and blocks <= kernels.MOST
+            assert blocks * heads * 4 * 34 <= kernels.partial_bytes(1, heads, 32) or blocks == 1
+
+
+def test_heads_that_the_kernel_does_not_take() -> None:
+    for size, dtype in ((128, "f2"), (8, "f2"), (128, "f4"), (4, "f4")):
+        kernels.check_head_size(size, np.dtype(dtype))
+    for size, dtype in ((96, "f2"), (256, "f2"), (4, "f2"), (20, "f4")):
+        with pytest.raises(WorkbookError, match=f"this checkpoint's have {size}: leave --fast out"):
+            kernels.check_head_size(size, np.dtype(dtype))
