@@ -129,7 +129,8 @@ def write_traced(
     weights: names that become inputs of the graph instead.
     """
     started = time.perf_counter()
-    progress(f"tracing {path.stem} with {exporter}")
+    what = f"{checkpoint.num_layers} layers" if weights is None else path.stem
+    progress(f"tracing {what} with {exporter}")
     with quiet():
         model = trace()
         progress("tidying the graph")

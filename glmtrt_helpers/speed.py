@@ -21,7 +21,7 @@ import torch
 from glmtrt_helpers import bench, packages, plans, traces
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.configs import expected_shapes
-from glmtrt_helpers.contenders import Contender, Step, contenders, torch_milliseconds
+from glmtrt_helpers.contenders import Contender, Step, contenders, free_torch, torch_milliseconds
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.profiles import engine_weights
@@ -101,17 +101,22 @@ def _milliseconds(step: Step) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
+def weight_products(checkpoint: Checkpoint, phase: str, batch: int, past: int) -> int:
+    """Floating-point operations of a step's products with weights; past of a prefill: tokens of the prompt."""
+    shapes = expected_shapes(checkpoint.config)
+    layers = sum(int(np.prod(shape)) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    head = checkpoint.vocab_size * checkpoint.hidden_size  # wanted for one token of a sequence
+    tokens = batch * (past if phase == "prefill" else 1)
+    return 2 * (layers * tokens + head * batch)
+
+
 def floor_ms(checkpoint: Checkpoint, report: Report, phase: str, batch: int, past: int) -> float:
     """The least that a step can take: its weights read once, or its products made, whichever is longer.
 
     The cache is left out, so that the floor of a long past or a large batch is a little lower than what is possible.
     """
     read = report.weights_bytes / report.copy_bandwidth_gb_s / 1e6
-    shapes = expected_shapes(checkpoint.config)
-    layers = sum(int(np.prod(shape)) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
-    head = checkpoint.vocab_size * checkpoint.hidden_size  # wanted for one token of a sequence
-    tokens = batch * (past if phase == "prefill" else 1)
-    return max(read, 2 * (layers * tokens + head * batch) / report.matrix_tflop_s / 1e9)
+    return max(read, weight_products(checkpoint, phase, batch, past) / report.matrix_tflop_s / 1e9)
 
 
 def sample(contender: Contender, step: Step, samples: int) -> list[float]:
@@ -149,6 +154,7 @@ def measure(
         raise WorkbookError(f"there is no engine {unknown[0]!r} to measure here: choose {', '.join(makers)}.")
     progress("copy bandwidth and products")
     report = Report(*measure_hardware(), engine_weights(checkpoint, dtype))
+    free_torch()  # or what PyTorch holds back would be missing from what the first contender takes
     wanted = wanted or sizes(checkpoint)
     for name, make in makers.items():
         if only and name not in only:
