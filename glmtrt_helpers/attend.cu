@@ -1,14 +1,15 @@
 // Attention of one new token over the cache, and the cache's own bookkeeping.
 //
 // One head's past is shared out to blocks, so that the whole card reads the cache also where there is one sequence with
-// 32 heads. A block goes through its part TOKENS at a time and keeps a partial softmax (the maximum, the sum, the weighted
-// values); the block that arrives last puts those of a head together. The new token's key and value are taken from where
-// the engine left them, and the block that has their place in the cache writes them there: nothing else ever moves.
+// 32 heads. A block goes through its part TOKENS at a time and keeps a partial softmax (the maximum, the sum, the
+// weighted values); the block that arrives last puts those of a head together. What comes in is the product that makes
+// query, key and value: its bias and the rotary embedding are added here, and the block that has the new token's place in
+// the cache writes key and value there. Nothing else of the cache ever moves.
 //
 // Compiled with -DD=<head size> and, in fp16, -DHALF. Products and sums are made in fp32.
 
 #define THREADS 128
-#define TOKENS 64                 // of a round of a block
+#define TOKENS 32                 // of a round of a block
 #define MOST 128                  // blocks of a head
 #define VEC (16 / (int)sizeof(T)) // numbers of one load
 #define LANES (D / VEC)           // threads that share a row of D numbers
@@ -38,60 +39,96 @@ struct alignas(16) Numbers {
   T at[VEC];
 };
 
-// query, key, value, seen: (batch, heads, D). keys, values: (batch, heads, room, D).
-// visible: (batch, 2), the first token of the cache that may be seen and the place of the new one, which is seen, too.
+// A lane's share of a query or a key with its bias, turned by the rotary embedding: x * cos + swapped(x) * sin, where
+// swapped exchanges the quarters of a head, first and second, third and fourth, and sin has the signs.
+__device__ inline void turn(float *turned, const T *x, const T *bias, const T *cos, const T *sin, int lane) {
+  const int far = (lane * VEC ^ D / 4) / VEC; // the lane that has the other quarter
+  const Numbers near_x = ((const Numbers *)x)[lane], near_bias = ((const Numbers *)bias)[lane];
+  const Numbers far_x = ((const Numbers *)x)[far], far_bias = ((const Numbers *)bias)[far];
+  const Numbers c = ((const Numbers *)cos)[lane], s = ((const Numbers *)sin)[lane];
+  for (int i = 0; i < VEC; i++) {
+    const int j = D / 4 < VEC ? i ^ D / 4 : i; // or it has both itself
+    turned[i] = (to_float(near_x.at[i]) + to_float(near_bias.at[i])) * to_float(c.at[i]) +
+                (to_float(far_x.at[j]) + to_float(far_bias.at[j])) * to_float(s.at[i]);
+  }
+}
+
+// mixed: (batch, heads, 3, D), query, key and value as the product left them. bias: (heads, 3, D). cos, sin: (batch, D).
+// keys, values: (batch, room, heads, D). seen: (batch, heads, D).
+// places: (batch), the new token's place in its row of the cache: it sees all before it, and itself.
 // partial: (batch * heads, blocks, D + 2) fp32. arrived: (batch * heads), zero between launches.
 // span: tokens of a block, a multiple of TOKENS. Grid (blocks, heads, batch), blocks * span > the largest place.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attend(const T *query, const T *key, const T *value, T *keys, T *values, T *seen, const long long *visible,
-           float *partial, unsigned int *arrived, int heads, int room, int span, float scale) {
-  const int first = (int)visible[2 * blockIdx.z], place = (int)visible[2 * blockIdx.z + 1];
-  const int start = (int)blockIdx.x * span, end = start + span < place + 1 ? start + span : place + 1;
+    attend(const T *mixed, const T *bias, const T *cos, const T *sin, T *keys, T *values, T *seen,
+           const long long *places, float *partial, unsigned int *arrived, int heads, int room, int span, float scale) {
+  const int place = (int)places[blockIdx.z];
+  const int start = (int)blockIdx.x * span;
   if (start > place) return;
   const int blocks = place / span + 1; // that do not return above
-  const long long head = (long long)blockIdx.z * heads + blockIdx.y;
+  const int end = start + span < place ? start + span : place; // of the past
+  const long long row = blockIdx.z, head = row * heads + blockIdx.y;
   const int thread = (int)threadIdx.x, lane = thread % LANES, group = thread / LANES;
-  T *my_keys = keys + head * room * D, *my_values = values + head * room * D;
-  const Numbers q = ((const Numbers *)(query + head * D))[lane];
+  const long long step = (long long)heads * D; // from a token to the next
+  T *my_keys = keys + (row * room * heads + blockIdx.y) * D, *my_values = values + (my_keys - keys);
+  const T *query = mixed + head * 3 * D;
+  bias += (long long)blockIdx.y * 3 * D, cos += row * D, sin += row * D;
 
-  float most = NEVER, total = 0, sums[VEC] = {};
-  for (int from = start; from < end; from += TOKENS) {
-    // All loads first: they travel together.
-    Numbers k[ROUNDS], v[ROUNDS];
+  // A row that does not exist is read as the last one, and not counted: no load waits for a condition.
+  Numbers k[ROUNDS], v[ROUNDS];
+  auto load = [&](Numbers(&into)[ROUNDS], const T *rows, int from) {
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-      const int row = round * GROUPS + group, token = from + row;
-      if (row < TOKENS && token >= first && token < place) {
-        k[round] = ((const Numbers *)(my_keys + (long long)token * D))[lane];
-        v[round] = ((const Numbers *)(my_values + (long long)token * D))[lane];
-      } else if (row < TOKENS && token == place) {
-        k[round] = ((const Numbers *)(key + head * D))[lane];
-        v[round] = ((const Numbers *)(value + head * D))[lane];
-        ((Numbers *)(my_keys + (long long)token * D))[lane] = k[round];
-        ((Numbers *)(my_values + (long long)token * D))[lane] = v[round];
-      }
+      const int token = from + round * GROUPS + group;
+      into[round] = ((const Numbers *)(rows + (token < end ? token : end - 1) * step))[lane];
     }
-    // Scores; a row's product is summed over its lanes.
+  };
+  if (start < end) load(k, my_keys, start);
+
+  float q[VEC];
+  turn(q, query, bias, cos, sin, lane);
+  for (int i = 0; i < VEC; i++) q[i] *= scale * 1.4426950408889634f; // powers of 2 are quicker than those of e
+
+  // The new token, which is the first that group 0 of one block sees.
+  float most = NEVER, total = 0, sums[VEC] = {};
+  if (place < start + span) {
+    float turned[VEC], sum = 0;
+    turn(turned, query + D, bias + D, cos, sin, lane);
+    const Numbers value = ((const Numbers *)(query + 2 * D))[lane];
+    const Numbers value_bias = ((const Numbers *)(bias + 2 * D))[lane];
+    Numbers key_row, value_row;
+    for (int i = 0; i < VEC; i++) {
+      from_float(key_row.at[i], turned[i]);
+      from_float(value_row.at[i], to_float(value.at[i]) + to_float(value_bias.at[i]));
+      sum += q[i] * to_float(key_row.at[i]);
+    }
+    for (int far = LANES / 2; far; far /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far);
+    if (group == 0) {
+      most = sum, total = 1;
+      for (int i = 0; i < VEC; i++) sums[i] = to_float(value_row.at[i]);
+      ((Numbers *)(my_keys + place * step))[lane] = key_row;
+      ((Numbers *)(my_values + place * step))[lane] = value_row;
+    }
+  }
+  for (int from = start; from < end; from += TOKENS) {
+    load(v, my_values, from); // on their way while the scores are made
     float score[ROUNDS], higher = most;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-      const int row = round * GROUPS + group, token = from + row;
-      const bool is_seen = row < TOKENS && token >= first && token <= place;
+      const int slot = round * GROUPS + group;
       float sum = 0;
-      if (is_seen)
-        for (int i = 0; i < VEC; i++) sum += to_float(q.at[i]) * to_float(k[round].at[i]);
-      for (int far = LANES / 2; far; far /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far);
-      score[round] = is_seen ? sum * scale : NEVER;
+      for (int i = 0; i < VEC; i++) sum += q[i] * to_float(k[round].at[i]);
+      for (int far = LANES / 2; far; far /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far); // of the row's lanes
+      score[round] = slot < TOKENS && from + slot < end ? sum : NEVER;
       higher = score[round] > higher ? score[round] : higher;
     }
-    if (higher == NEVER) continue; // all padding so far
-    const float less = most == NEVER ? 0 : expf(most - higher);
+    if (from + TOKENS < end) load(k, my_keys, from + TOKENS); // on their way while the values are weighted
+    if (higher == NEVER) continue; // fewer rows than groups
+    const float less = exp2f(most - higher);
     most = higher, total *= less;
     for (int i = 0; i < VEC; i++) sums[i] *= less;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-      if (score[round] == NEVER) continue; // what is hidden may be anything, also not a number
-      const float share = expf(score[round] - most);
+      const float share = exp2f(score[round] - most); // 0 for what does not exist
       total += share;
       for (int i = 0; i < VEC; i++) sums[i] += share * to_float(v[round].at[i]);
     }
@@ -108,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (thread < D)
     for (int other = 0; other < GROUPS; other++) {
       if (group_most[other] == NEVER) continue;
-      const float weight = expf(group_most[other] - block_most);
+      const float weight = exp2f(group_most[other] - block_most);
       block_total += weight * group_total[other];
       sum += weight * group_sums[other][thread];
     }
@@ -118,17 +155,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 
   // The blocks of this head together, by the last of them.
-  float *all = partial + head * gridDim.x * (D + 2), *mine = all + blockIdx.x * (D + 2);
-  if (thread < D) mine[thread] = sum;
-  if (thread == 0) mine[D] = block_most, mine[D + 1] = block_total;
+  float *all = partial + head * gridDim.x * (D + 2), *own = all + blockIdx.x * (D + 2);
+  if (thread < D) own[thread] = sum;
+  if (thread == 0) own[D] = block_most, own[D + 1] = block_total;
   __shared__ bool is_last;
   __shared__ float weights[MOST], totals[MOST];
-  __threadfence();
   __syncthreads();
-  if (thread == 0) is_last = atomicAdd(arrived + head, 1u) == (unsigned int)blocks - 1;
+  if (thread == 0) {
+    __threadfence(); // for what all threads wrote: they have met
+    is_last = atomicAdd(arrived + head, 1u) == (unsigned int)blocks - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   if (thread == 0) arrived[head] = 0;
   if (thread < blocks) {
     weights[thread] = FRESH(all + thread * (D + 2) + D);
@@ -138,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   float head_most = NEVER, head_total = 0;
   for (int other = 0; other < blocks; other++) head_most = weights[other] > head_most ? weights[other] : head_most;
   __syncthreads();
-  if (thread < blocks) weights[thread] = weights[thread] == NEVER ? 0 : expf(weights[thread] - head_most);
+  if (thread < blocks) weights[thread] = weights[thread] == NEVER ? 0 : exp2f(weights[thread] - head_most);
   __syncthreads();
   if (thread >= D) return;
   sum = 0;
@@ -151,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // One token on: its block position (the second row of position_ids, (batch, 2, 1)) and its place in the cache.
-extern "C" __global__ void advance(long long *position_ids, long long *visible, int batch) {
+extern "C" __global__ void advance(long long *position_ids, long long *places, int batch) {
   const int row = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-  if (row < batch) position_ids[2 * row + 1]++, visible[2 * row + 1]++;
+  if (row < batch) position_ids[2 * row + 1]++, places[row]++;
 }

@@ -6,11 +6,12 @@ them into TensorRT: it is kept, and raised by whoever called TensorRT.
 
 import contextlib
 import hashlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 
@@ -86,7 +87,8 @@ def interruptible(monitor: Any) -> Iterator[None]:
 def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) -> Any:
     """A stream writer over an open file that tells how many bytes it has; keeps the error of a write that failed.
 
-    SHA-256 of 12 GB takes some ten seconds, so each piece (of at most 64 MB) is hashed while it is written.
+    SHA-256 of 12 GB takes some ten seconds, so each piece (of at most 64 MB) is hashed while it is written; and what is
+    written goes on to the disk while the builder makes more, not all at once when it is done.
     """
 
     class Writer(trt.IStreamWriter):
@@ -96,6 +98,8 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
             self.error: OSError | None = None
             self._digest = hashlib.sha256()
             self._thread = ThreadPoolExecutor(1)
+            self._disk = ThreadPoolExecutor(1)
+            self._synced: Future[None] | None = None
 
         def write(self, data: bytes) -> int:
             if not self.written:
@@ -110,11 +114,20 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
             finally:
                 hashed.result()
             self.written += len(data)
+            if self._synced is None or self._synced.done():
+                self._synced = self._disk.submit(os.fdatasync, stream.fileno())
             progress(self.written)
             return len(data)
 
-        def hexdigest(self) -> str:
+        def settle(self) -> None:
+            """Wait for what still works on the file: to be called before it is closed."""
             self._thread.shutdown()
+            self._disk.shutdown()
+            failed = self._synced.exception() if self._synced else None
+            if isinstance(failed, OSError):
+                self.error = self.error or failed
+
+        def hexdigest(self) -> str:
             return self._digest.hexdigest()
 
     return Writer()

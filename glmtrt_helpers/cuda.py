@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,12 @@ def free_memory() -> int:
 def aligned(nbytes: int) -> int:
     """As many bytes, or some more, that the next tensor starts where every kernel can read it; never none."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
+
+
+def whole(tokens: int, nbytes: int) -> int:
+    """So many tokens of so many bytes each, or a few more, that what follows them starts likewise."""
+    step = ALIGNMENT // math.gcd(ALIGNMENT, nbytes)
+    return -(-tokens // step) * step
 
 
 class Memory:

@@ -11,23 +11,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from glmtrt_helpers import packages, plans
 from glmtrt_helpers.callbacks import interruptible, make_log, make_monitor, make_writer
 from glmtrt_helpers.checkpoints import Checkpoint, code_sha256
-from glmtrt_helpers.drift import mark_layers
 from glmtrt_helpers.errors import WorkbookError
-from glmtrt_helpers.export import onnx_path as exported_path
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.packages import Package
 from glmtrt_helpers.plans import PlanInfo, Tensor
 from glmtrt_helpers.profiles import Profile, Range, chat_profiles, engine_weights, predict_build
-from glmtrt_helpers.references import LAYER_CASE, Case
 from glmtrt_helpers.scopes import load_graph
-from glmtrt_helpers.tensorrt_session import TensorRTSession
+
+if TYPE_CHECKING:
+    from glmtrt_helpers.references import Case
+    from glmtrt_helpers.tensorrt_session import TensorRTSession
 
 Progress = Callable[[str, int, int], None]
 
@@ -88,7 +88,7 @@ def build_engine(
     packages.settle_tf32(options.tf32)
     chosen = packages.choose(package, building=True)
     check_options(options, chosen)
-    source = onnx_path or exported_path(checkpoint, dtype)
+    source = onnx_path or plans.plan_path(checkpoint, dtype).with_suffix(".onnx")
     holds_weights = any(tensor.external_data for tensor in load_graph(source).graph.initializer)
     profiles = list(profiles or chat_profiles(checkpoint))
     if holds_weights:
@@ -115,8 +115,11 @@ def build_engine(
     with replacing(plan) as temporary:
         with temporary.open("wb") as stream:
             writer = make_writer(trt, stream, written)
-            with interruptible(monitor):
-                done = builder.build_serialized_network_to_stream(network, config, writer)
+            try:
+                with interruptible(monitor):
+                    done = builder.build_serialized_network_to_stream(network, config, writer)
+            finally:
+                writer.settle()
             _check_built(done, monitor, writer, log, plan)
             written(writer.written, last=True)
         info = PlanInfo(
@@ -249,14 +252,19 @@ def _check_built(done: bool, monitor: Any, writer: Any, log: Any, plan: Path) ->
 
 
 def layer_session(
-    checkpoint: Checkpoint, dtype: str, case: Case = LAYER_CASE, onnx_path: Path | None = None
+    checkpoint: Checkpoint, dtype: str, case: Case | None = None, onnx_path: Path | None = None
 ) -> TensorRTSession:
     """An engine of the graph at onnx_path, for one case, whose outputs include its inner tensors: `drift.layer_errors`.
 
     Nothing of it stays on the disk. What becomes an output cannot be fused away: the engine is a little slower, and
-    may round at other places, than the one that is looked into.
+    may round at other places, than the one that is looked into. case: `references.LAYER_CASE` by default.
     """
-    source = onnx_path or exported_path(checkpoint, dtype)
+    from glmtrt_helpers.drift import mark_layers  # PyTorch comes with it, which a build goes without
+    from glmtrt_helpers.references import LAYER_CASE
+    from glmtrt_helpers.tensorrt_session import TensorRTSession
+
+    case = case or LAYER_CASE
+    source = onnx_path or plans.plan_path(checkpoint, dtype).with_suffix(".onnx")
     marked = source.with_name(f"{source.stem}.marked.onnx")
     plan = marked.with_suffix(".plan")
     exact = [Range(n, n, n) for n in (case.batch, case.sequence, case.past)]

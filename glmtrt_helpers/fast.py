@@ -2,10 +2,12 @@
 
 - The weights are inputs of the graphs, not part of them. A graph of one layer is built once, in a second, and run for
   every layer with other addresses; a plan takes megabytes, and the shards go to the GPU as they are.
-- The cut is at the attention: `first` embeds the tokens and makes the first layer's query, key and value; `middle` goes
-  from one layer's attention to the next one's query, key and value; `last` goes on to the next token. Attention of a
-  prompt is a graph of its own; that of a single token is left to a kernel (`kernels`) that reads the cache in its place
-  and writes the new row into it, so nothing of the cache is ever copied.
+- The cut is at the attention: `first` embeds the tokens and makes the product that holds query, key and value of the
+  first layer; `middle` goes from one layer's attention to the next one's product; `last` goes on to the next token.
+  Attention of a prompt is a graph of its own; that of a single token is left to a kernel (`kernels`) that reads the
+  cache in its place and writes the new row into it, so nothing of the cache is ever copied.
+- No part has a mask. A prompt is taken without its padding, and without <sop>, the first token that sees only what came
+  before it: all the others see one another.
 - The two rotary embeddings of a head are one: a table of cos and sin over all of d, picked by both positions.
 - Behind the last attention only the last token goes on, for nobody reads the scores of the others; the next token is
   chosen in the graph. (The best 64, for sampling, took TensorRT 0.4 ms; all scores come to the host in a tenth of it.)
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -28,12 +31,14 @@ from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.engines import BuildOptions, BuildReport
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.export import DTYPES, ExportReport
-from glmtrt_helpers.fast_session import HIDDEN, PARTS, part_path
-from glmtrt_helpers.profiles import Profile, chat_profiles
+from glmtrt_helpers.fast_session import PARTS, input_dims, part_path
+from glmtrt_helpers.profiles import Profile, Range, chat_profiles
 from glmtrt_helpers.sampling import GUARD_SCORE
 from glmtrt_helpers.standin.build import inv_freq
 
 ATTENTION_OPSET = 23  # the first with an operator for attention
+EXAMPLE = {"batch": 2, "sequence": 5}  # what is traced
+FIXED = {"attention": {"batch": 1}, "last": {"sequence": 1}}  # dimensions that do not move
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -51,30 +56,36 @@ def rotary_tables(length: int, head_size: int, dtype: torch.dtype) -> tuple[torc
 
 
 class Enter(nn.Module):
-    """Into a layer: its first LayerNorm, query, key and value."""
+    """Into a layer: its first LayerNorm, and the product that makes query, key and value.
 
-    def __init__(self, config: Mapping[str, Any]):
+    biased: with the bias of that product, which is otherwise left to whoever turns query and key.
+    """
+
+    def __init__(self, config: Mapping[str, Any], biased: bool):
         super().__init__()
-        hidden, self.heads = config["hidden_size"], config["num_attention_heads"]
+        hidden = config["hidden_size"]
         self.input_layernorm = nn.LayerNorm(hidden, eps=config.get("layernorm_epsilon", 1e-5))
-        self.attention = nn.ModuleDict({"query_key_value": nn.Linear(hidden, 3 * hidden)})
+        self.attention = nn.ModuleDict({"query_key_value": nn.Linear(hidden, 3 * hidden, bias=biased)})
 
-    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
-        """hidden (batch, S, H); cos and sin (batch, S, d).
-
-        Returns what goes round the attention, (batch, S, H), and query, key and value (batch, heads, S, d), the first
-        two turned.
-        """
-        batch, length, width = hidden.shape
-        size = width // self.heads
+    def forward(self, hidden: torch.Tensor) -> Tensors:
+        """hidden (batch, S, H). Returns what goes round the attention (batch, S, H), and the product (batch, S, 3H)."""
         stream = self.input_layernorm(hidden)
-        mixed = self.attention["query_key_value"](stream).view(batch, length, self.heads, 3, size)
-        turned = mixed[:, :, :, :2]
-        first, second, third, fourth = turned.split(size // 4, dim=-1)
-        swapped = torch.cat([second, first, fourth, third], dim=-1)
-        turned = turned * cos[:, :, None, None] + swapped * sin[:, :, None, None]
-        heads = (turned[:, :, :, 0], turned[:, :, :, 1], mixed[:, :, :, 2])
-        return stream, *(part.transpose(1, 2) for part in heads)
+        return stream, self.attention["query_key_value"](stream)
+
+
+def turn(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> Tensors:
+    """mixed (batch, S, 3H), with its bias, to query, key and value (batch, S, heads, d), the first two turned.
+
+    cos, sin: (batch, S, d).
+    """
+    batch, length, width = mixed.shape
+    size = width // (3 * heads)
+    split = mixed.view(batch, length, heads, 3, size)
+    turned = split[:, :, :, :2]
+    first, second, third, fourth = turned.split(size // 4, dim=-1)
+    swapped = torch.cat([second, first, fourth, third], dim=-1)
+    turned = turned * cos[:, :, None, None] + swapped * sin[:, :, None, None]
+    return turned[:, :, :, 0], turned[:, :, :, 1], split[:, :, :, 2]
 
 
 class Leave(nn.Module):
@@ -101,12 +112,12 @@ class Leave(nn.Module):
 
 
 class First(nn.Module):
-    """input_ids (batch, S), position_ids (batch, 2, S) to cos, sin (batch, S, d), stream, query, key, value."""
+    """input_ids (batch, S), position_ids (batch, 2, S) to cos, sin (batch, S, d), stream (batch, S, H), mixed."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype):
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, biased: bool = False):
         super().__init__()
         self.transformer = nn.ModuleDict({"word_embeddings": nn.Embedding(config["vocab_size"], config["hidden_size"])})
-        self.enter = Enter(config)
+        self.enter = Enter(config, biased)
         self.to(dtype)
         with torch.device("cpu"):  # real numbers, also where the weights have none
             size = config["hidden_size"] // config["num_attention_heads"]
@@ -117,24 +128,24 @@ class First(nn.Module):
             torch.cat([F.embedding(position_ids[:, row], table) for row in (0, 1)], dim=-1) for table in self.tables
         )
         hidden = self.transformer["word_embeddings"](input_ids)
-        return cos, sin, *self.enter(hidden, cos, sin)
+        return cos, sin, *self.enter(hidden)
 
 
 class Middle(nn.Module):
-    """stream, seen, cos, sin of one layer to stream, query, key, value of the next."""
+    """stream and seen of one layer to stream and mixed of the next."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype):
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, biased: bool = False):
         super().__init__()
-        self.leave, self.enter = Leave(config), Enter(config)
+        self.leave, self.enter = Leave(config), Enter(config, biased)
         self.to(dtype)
 
-    def forward(self, stream: torch.Tensor, seen: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
-        outputs: Tensors = self.enter(self.leave(stream, seen), cos, sin)
+    def forward(self, stream: torch.Tensor, seen: torch.Tensor) -> Tensors:
+        outputs: Tensors = self.enter(self.leave(stream, seen))
         return outputs
 
 
 class Last(nn.Module):
-    """stream, seen to next_token (batch, 1) and logits (batch, vocabulary).
+    """stream, seen of the last token, (batch, 1, H), to next_token (batch, 1) and logits (batch, vocabulary).
 
     blank_id: the token that is taken where a score of the batch is no number, as `sampling.guard` does on the host.
     """
@@ -153,49 +164,53 @@ class Last(nn.Module):
         self.guard[blank_id] = GUARD_SCORE
 
     def forward(self, stream: torch.Tensor, seen: torch.Tensor) -> Tensors:
-        hidden = self.leave(stream[:, -1:], seen[:, -1:])
-        logits = self.lm_head(self.transformer["final_layernorm"](hidden[:, -1]))
+        hidden = self.leave(stream, seen)
+        logits = self.lm_head(self.transformer["final_layernorm"](hidden[:, 0]))
         is_finite = (logits.float() * 0).sum() == 0
         logits = torch.where(is_finite, logits, self.guard.to(logits.device))
         return logits.argmax(dim=-1, keepdim=True), logits
 
 
 class PromptAttention(nn.Module):
-    """query, key, value (batch, heads, S, d), attention_mask (batch, 1, S, S), True = hidden, to seen (batch, S, H).
+    """mixed (1, S, 3H), cos and sin (1, S, d), of tokens that all see one another, to seen (1, S, H) and to the rows
+    of the cache, key and value (1, S, heads, d).
 
-    fused: as one operator, for which TensorRT-RTX has kernels in fp16 only; else written out, with scores in fp32.
+    In fp16 it is one operator, for which TensorRT-RTX has kernels in fp16 only; else written out, with scores in fp32.
     """
 
-    def __init__(self, fused: bool):
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype):
         super().__init__()
-        self.fused = fused
+        self.heads = config["num_attention_heads"]
+        bias = nn.ParameterDict({"bias": torch.zeros(3 * config["hidden_size"])})
+        self.enter = nn.ModuleDict({"attention": nn.ModuleDict({"query_key_value": bias})})
+        self.fused = dtype == torch.float16
+        self.to(dtype)
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        batch, heads, length, size = query.shape
+    def forward(self, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
+        bias: Any = self.enter["attention"]
+        query, key, value = turn(mixed + bias["query_key_value"]["bias"], cos, sin, self.heads)
+        q, k, v = (rows.transpose(1, 2) for rows in (query, key, value))
         if self.fused:
-            seen = F.scaled_dot_product_attention(query, key, value, attn_mask=~attention_mask)
+            seen = F.scaled_dot_product_attention(q, k, v)
         else:
-            scores = (query.float() @ key.float().transpose(-1, -2) * size**-0.5).masked_fill(attention_mask, HIDDEN)
-            seen = scores.softmax(dim=-1).to(value.dtype) @ value
-        return seen.transpose(1, 2).reshape(batch, length, heads * size)
+            scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+            seen = scores.softmax(dim=-1).to(v.dtype) @ v
+        return seen.transpose(1, 2).reshape(*mixed.shape[:2], -1), key, value
 
 
-STREAM = ("stream", "query", "key", "value")
+STREAM = ("stream", "mixed")
 CHOICES = ("next_token", "logits")
-# What each part takes, beside its weights, and gives.
 TAKES = {
     "first": ("input_ids", "position_ids"),
-    "middle": ("stream", "seen", "cos", "sin"),
+    "middle": ("stream", "seen"),
     "last": ("stream", "seen"),
-    "attention": ("query", "key", "value", "attention_mask"),
-}
+    "attention": ("mixed", "cos", "sin"),
+}  # beside its weights
 GIVES = {
     "first": ("cos", "sin", *STREAM),
-    "middle": ("next_stream", *STREAM[1:]),
+    "middle": ("next_stream", "mixed"),
     "last": CHOICES,
-    "attention": ("seen",),
+    "attention": ("seen", "key", "value"),
 }
 
 
@@ -205,24 +220,9 @@ def make_part(part: str, config: Mapping[str, Any], dtype: torch.dtype, blank_id
         "first": lambda: First(config, dtype),
         "middle": lambda: Middle(config, dtype),
         "last": lambda: Last(config, dtype, blank_id),
-        "attention": lambda: PromptAttention(dtype == torch.float16),
+        "attention": lambda: PromptAttention(config, dtype),
     }
     return kinds[part]().eval()
-
-
-def example(name: str, config: Mapping[str, Any], dtype: torch.dtype, batch: int = 2, length: int = 5) -> torch.Tensor:
-    """Something to trace a part with."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kinds = {
-        "input_ids": ((batch, length), torch.long),
-        "position_ids": ((batch, 2, length), torch.long),
-        "attention_mask": ((batch, 1, length, length), torch.bool),
-        **dict.fromkeys(("stream", "seen"), ((batch, length, hidden), dtype)),
-        **dict.fromkeys(("cos", "sin"), ((batch, length, hidden // heads), dtype)),
-        **dict.fromkeys(("query", "key", "value"), ((batch, heads, length, hidden // heads), dtype)),
-    }
-    shape, kind = kinds[name]
-    return torch.zeros(shape, dtype=kind)
 
 
 def export_fast(
@@ -244,24 +244,24 @@ def _export_part(
     with FakeTensorMode(allow_non_fake_inputs=True):
         weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
-    axes = {name: torch.export.Dim(name) for name in ("batch", "sequence")}
-    moving = {"position_ids": {0: "batch", 2: "sequence"}, "attention_mask": {0: "batch", 2: "sequence", 3: "sequence"}}
-    moving |= {name: {0: "batch", 2: "sequence"} for name in STREAM[1:]}
-    taken = TAKES[part]
+    fixed, all_dims = FIXED.get(part, {}), input_dims(checkpoint.config)
+    axes = {dim: torch.export.Dim(dim) for dim in EXAMPLE if dim not in fixed}
+    kwargs, moving = {}, {}
+    for name in TAKES[part]:
+        sizes = [dim if isinstance(dim, int) else fixed.get(dim, EXAMPLE[dim]) for dim in all_dims[name]]
+        kwargs[name] = torch.zeros(sizes, dtype=torch.long if name.endswith("_ids") else DTYPES[dtype])
+        moving[name] = {axis: axes[dim] for axis, dim in enumerate(all_dims[name]) if dim in axes}
 
     def trace() -> ir.Model:
         program = torch.onnx.export(
             model,
-            kwargs={name: example(name, checkpoint.config, DTYPES[dtype]) for name in taken},
+            kwargs=kwargs,
             dynamo=True,
             optimize=False,
             opset_version=ATTENTION_OPSET if part == "attention" else export.DEFAULT_OPSET,
-            input_names=list(taken),
+            input_names=list(TAKES[part]),
             output_names=list(GIVES[part]),
-            dynamic_shapes={
-                name: {axis: axes[dim] for axis, dim in moving.get(name, {0: "batch", 1: "sequence"}).items()}
-                for name in taken
-            },
+            dynamic_shapes=moving,
             verbose=False,
         )
         assert program is not None
@@ -269,6 +269,20 @@ def _export_part(
 
     path = part_path(checkpoint, dtype, part)
     return export.write_traced(checkpoint, dtype, path, trace, weights=list(weights), progress=progress)
+
+
+def profiles_of(part: str, profiles: Sequence[Profile]) -> list[Profile]:
+    """What a part meets in those profiles: `attention` one prompt at a time, `last` one token of each row."""
+    one = Range(1, 1, 1)
+    if part == "attention":
+        return [replace(profile, batch=one) for profile in profiles if 0 in profile.past]
+    if part != "last":
+        return list(profiles)
+    batch, past = (
+        Range(min(box.min for box in boxes), boxes[-1].opt, max(box.max for box in boxes))
+        for boxes in ([profile.batch for profile in profiles], [profile.past for profile in profiles])
+    )
+    return [Profile("last token", batch, one, past)]
 
 
 def build_fast(
@@ -282,12 +296,11 @@ def build_fast(
 ) -> list[BuildReport]:
     """Build `model.DTYPE.fast.PART.plan` of each part; returns what was built. profiles: `chat_profiles` by default."""
     profiles = list(profiles or chat_profiles(checkpoint))
-    prompts = [profile for profile in profiles if 0 in profile.past]
     return [
         engines.build_engine(
             checkpoint,
             dtype,
-            prompts if part == "attention" else profiles,
+            profiles_of(part, profiles),
             options=options,
             package=package,
             onnx_path=part_path(checkpoint, dtype, part),

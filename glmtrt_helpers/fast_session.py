@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.checkpoints import Checkpoint, shares_vocabulary
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.runtime import Limits, OrtSession, Session
 
 PARTS = ("first", "middle", "last", "attention")  # of `fast`, each a graph and an engine
-HIDDEN = -10000.0  # what upstream puts for a score that is masked
+BIAS = "transformer.layers.{}.attention.query_key_value.bias"  # which the kernel adds
+VOCABULARY = ("transformer.word_embeddings.weight", "lm_head.weight")
 _STORED: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 
 
@@ -46,24 +47,69 @@ def read_weight(checkpoint: Checkpoint, name: str, dtype: np.dtype) -> np.ndarra
     return array.astype(dtype, copy=False)
 
 
-def split_mask(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mask of a call of forward, (batch, 1, S, past + S), as the fast decoder takes it.
-
-    Returns attention_mask (batch, 1, S, S) and visible (batch, 2), the first token of the cache that may be seen and
-    the one behind the last. New tokens differ in what they see among themselves; of the cache all see what the last one
-    sees, all but the padding at its left. A token that sees nothing, which is padding, is let see all: its result is
-    not used, but must be a number. Raises WorkbookError for another mask.
+def weight_sources(checkpoint: Checkpoint, inputs: Iterable[str], dtype: np.dtype) -> dict[str, str]:
+    """All weights that the inputs of the parts stand for in one layer or another, each with the one that has its
+    numbers: a vocabulary matrix that is stored twice is one.
     """
-    mask = np.asarray(call["attention_mask"])
-    hidden = mask[:, 0, -1]
-    first = hidden.argmin(axis=-1)  # of a prompt, too, for what is padding in it will be padding in the cache
-    if (hidden[:, :past] != (np.arange(past) < first[:, None])).any():
+    inputs = list(inputs)
+    layers = range(checkpoint.num_layers + 1)
+    names = dict.fromkeys(name for layer in layers for name in weight_names(inputs, layer).values())
+    sources = {name: name for name in names if name in checkpoint.tensors}
+    if shares_vocabulary(checkpoint):
+        first, second = (read_weight(checkpoint, name, dtype) for name in VOCABULARY)
+        if np.array_equal(first, second):  # the samples agree, and so does all the rest
+            sources[VOCABULARY[1]] = VOCABULARY[0]
+    return sources
+
+
+def input_dims(config: Mapping[str, Any]) -> dict[str, tuple[int | str, ...]]:
+    """The dimensions of all that goes into a part and is no weight; "batch" and "sequence" move."""
+    hidden, size = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
+    tokens = ("batch", "sequence")
+    return {
+        "input_ids": tokens,
+        "position_ids": ("batch", 2, "sequence"),
+        **dict.fromkeys(("stream", "seen"), (*tokens, hidden)),
+        **dict.fromkeys(("cos", "sin"), (*tokens, size)),
+        "mixed": (*tokens, 3 * hidden),
+    }
+
+
+def read_mask(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the mask of a call of forward, (batch, 1, S, past + S), says, for each row and counted from the first token.
+
+    Returns skip (batch,), how many tokens at the left are padding, and context (batch,): the tokens before it see one
+    another, each from it on sees what comes before it, and itself. Raises WorkbookError for a mask that says more.
+    """
+    seen = ~np.asarray(call["attention_mask"])[:, 0]
+    if seen.shape[2] != past + seen.shape[1]:
         raise WorkbookError(
-            "the fast decoder hides nothing of the cache but padding at its left: take the classical one."
+            f"the mask covers {seen.shape[2]} tokens, where {past} lie in the cache and {seen.shape[1]} are new: give "
+            "it a column for each of both."
         )
-    visible = np.stack([first, np.full_like(first, past)], axis=1).astype(np.int64)
-    among_new = mask[..., past:] & ~mask.all(axis=-1, keepdims=True)
-    return np.ascontiguousarray(among_new), visible
+    index = np.arange(seen.shape[-1])
+    skip = seen[:, -1].argmax(axis=-1)  # the last token sees all but padding
+    first = np.maximum(skip, past)  # the first new token that is none, and how far it sees
+    context = skip + np.take_along_axis(seen, (first - past)[:, None, None], axis=1)[:, 0].sum(axis=-1)
+    rows = index[past:, None]
+    wanted = (index < context[:, None, None]) | (index <= rows)
+    wanted &= index >= skip[:, None, None]
+    told = rows >= skip[:, None, None]  # what padding sees means nothing
+    if ((seen != wanted) & told).any() or (past and ((skip > past) | (context > past + 1)).any()):
+        raise WorkbookError(
+            "the fast decoder takes masks of a chat: padding at the left, tokens of a prompt that see one another, "
+            "then tokens that see what came before them. This mask is another: take the classical decoder."
+        )
+    return skip, context
+
+
+def shift_left(call: Mapping[str, np.ndarray], shift: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """Ids (batch, size) and positions (batch, 2, size) without the first `shift` (batch,) tokens, the last repeated."""
+    source = np.minimum(shift[:, None] + np.arange(size), call["input_ids"].shape[1] - 1)
+    return {
+        "input_ids": np.take_along_axis(call["input_ids"], source, axis=1),
+        "position_ids": np.take_along_axis(call["position_ids"], source[:, None], axis=2),
+    }
 
 
 class FastSession(Session):
@@ -74,7 +120,7 @@ class FastSession(Session):
     def __init__(self, checkpoint: Checkpoint, dtype: np.dtype):
         self.checkpoint, self.dtype = checkpoint, dtype
         self._names = [f"{layer}.{part}" for layer in range(checkpoint.num_layers) for part in ("key", "value")]
-        self._past, self._batch = 0, 0
+        self._past, self._batch, self._skip = 0, 0, np.zeros(0, np.int64)
 
     @property
     def past(self) -> int:
@@ -94,26 +140,23 @@ class FastSession(Session):
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """One call of forward with its past from the host; logits (batch, 1, vocabulary) of the last position."""
         call = {name: np.asarray(value) for name, value in flat.items()}
-        past = [call[f"past_key_values.{name}"].transpose(1, 2, 0, 3) for name in self._names]
+        past = [call[f"past_key_values.{name}"].swapaxes(0, 1) for name in self._names]
         self.reset()
-        batch, _, length, _ = past[0].shape
-        self._begin(batch)
+        batch, length = past[0].shape[:2]
         if length:
+            self._begin(batch, read_mask(call, length)[0])
             self._write(past)
-        self._past = length
+            self._past = length
         logits = self._advance(call)
         presents = {
-            f"present.{name}": array.transpose(2, 0, 1, 3)
-            for name, array in zip(self._names, self._read(), strict=True)
+            f"present.{name}": array.swapaxes(0, 1) for name, array in zip(self._names, self._read(), strict=True)
         }
         self.reset()
         return {"logits": logits[:, None], **presents}
 
     def _advance(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
         batch, length = call["input_ids"].shape
-        if not self._past:
-            self._begin(batch)
-        elif batch != self._batch:
+        if self._past and batch != self._batch:
             raise WorkbookError(f"the cache holds {self._batch} rows, the call has {batch}: reset the session first.")
         if self._past + length > self.limits.total:
             raise WorkbookError(
@@ -122,13 +165,22 @@ class FastSession(Session):
             )
         return self._execute(call, length)
 
+    def _look(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Read the mask of a call; without a past begin with an empty cache. Returns context of `read_mask`."""
+        skip, context = read_mask(call, self._past)
+        if not self._past:
+            self._begin(len(skip), skip)
+        elif (skip != self._skip).any():
+            raise WorkbookError("the cache holds other padding than the call's mask hides: reset the session first.")
+        return context
+
     @abstractmethod
-    def _begin(self, batch: int) -> None:
-        """An empty cache of so many rows."""
+    def _begin(self, batch: int, skip: np.ndarray) -> None:
+        """An empty cache of so many rows, the first `skip` tokens of each of which are padding."""
 
     @abstractmethod
     def _write(self, rows: list[np.ndarray]) -> None:
-        """Fill the start of the cache: keys and values of each layer, (batch, heads, tokens, d)."""
+        """Fill the start of the cache: keys and values of each layer, (batch, tokens, heads, d)."""
 
     @abstractmethod
     def _read(self) -> list[np.ndarray]:
@@ -139,23 +191,30 @@ class FastSession(Session):
         """Run the decoder once, with its rows put into the cache; returns the logits (batch, vocabulary)."""
 
 
-def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Attention in fp32: query (batch, heads, S, d), keys and values (batch, heads, T, d), hidden (batch, 1, S, T).
-
-    Returns (batch, S, heads * d) in query's dtype.
+def turn(
+    mixed: np.ndarray, bias: np.ndarray, cos: np.ndarray, sin: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """mixed (.., heads, 3, d) and bias (heads, 3, d) to query, key and value (.., heads, d) in fp32, the first two
+    turned. cos, sin: (.., d).
     """
-    batch, heads, length, size = query.shape
-    scores = query.astype(np.float32) @ keys.astype(np.float32).swapaxes(-1, -2) / np.sqrt(np.float32(size))
-    scores = np.where(hidden, np.float32(HIDDEN), scores)
+    whole = mixed.astype(np.float32) + bias
+    first, second, third, fourth = np.split(whole[..., :2, :], 4, axis=-1)
+    swapped = np.concatenate([second, first, fourth, third], axis=-1)
+    turned = whole[..., :2, :] * cos[..., None, None, :] + swapped * sin[..., None, None, :]
+    return turned[..., 0, :], turned[..., 1, :], whole[..., 2, :]
+
+
+def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Attention of one token in fp32: query (heads, d), keys and values (tokens, heads, d), all seen, to (heads, d)."""
+    scores = np.einsum("hd,thd->ht", query, keys.astype(np.float32)) / np.sqrt(np.float32(query.shape[-1]))
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    seen = shares @ values.astype(np.float32) / shares.sum(axis=-1, keepdims=True)
-    return seen.swapaxes(1, 2).reshape(batch, length, heads * size).astype(query.dtype)
+    return np.asarray(np.einsum("ht,thd->hd", shares / shares.sum(axis=-1, keepdims=True), values.astype(np.float32)))
 
 
 class FastOrtSession(FastSession):
     """The fast decoder's graphs in ONNX Runtime on the CPU: to try, and to check, what the engines compute.
 
-    Attention on a past, which is a kernel's work on a GPU, is NumPy's here. outputs: of the last step.
+    Attention of a single token, which is a kernel's work on a GPU, is NumPy's here. outputs: of the last step.
     """
 
     backend = "ort"
@@ -169,18 +228,18 @@ class FastOrtSession(FastSession):
         self._rows: list[np.ndarray] = []
         self.outputs: dict[str, np.ndarray] = {}
 
-    def _begin(self, batch: int) -> None:
-        self._past, self._batch = 0, batch
-        shape = (batch, self.checkpoint.num_heads, self.checkpoint.max_length, self.checkpoint.head_size)
+    def _begin(self, batch: int, skip: np.ndarray) -> None:
+        self._past, self._batch, self._skip = 0, batch, skip
+        shape = (batch, self.checkpoint.max_length, self.checkpoint.num_heads, self.checkpoint.head_size)
         # Zeros, whose memory the system hands out when they are first written.
         self._rows = [np.zeros(shape, self.dtype) for _ in self._names]
 
     def _write(self, rows: list[np.ndarray]) -> None:
         for place, array in zip(self._rows, rows, strict=True):
-            place[:, :, : array.shape[2]] = array
+            place[:, : array.shape[1]] = array
 
     def _read(self) -> list[np.ndarray]:
-        return [place[:, :, : self._past] for place in self._rows]
+        return [place[:, : self._past] for place in self._rows]
 
     def _run(self, part: str, layer: int, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = weight_names(self.parts[part].inputs, layer)
@@ -188,26 +247,39 @@ class FastOrtSession(FastSession):
         return self.parts[part].run({**given, **weights})
 
     def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
-        among_new, visible = split_mask(call, self._past)
-        end = self._past + length
-        in_cache = np.arange(self._past) < visible[:, :1]
-        hidden = np.concatenate(
-            [np.broadcast_to(in_cache[:, None, None], (self._batch, 1, length, self._past)), among_new], axis=-1
-        )
+        context = self._look(call)
         state = self._run("first", 0, call)
         for layer in range(self.checkpoint.num_layers):
-            keys, values = self._rows[2 * layer : 2 * layer + 2]
-            keys[:, :, self._past : end], values[:, :, self._past : end] = state["key"], state["value"]
-            if self._past:
-                state["seen"] = attend(state["query"], keys[:, :, :end], values[:, :, :end], hidden)
-            else:
-                state |= self._run("attention", 0, {**state, "attention_mask": among_new})
+            state["seen"] = self._attend(layer, state, context)
             if layer + 1 < self.checkpoint.num_layers:
                 state |= self._run("middle", layer + 1, state)
                 state["stream"] = state["next_stream"]
-        self._past = end
-        self.outputs = self._run("last", self.checkpoint.num_layers, state)
+        self._past += length
+        last = {name: state[name][:, -1:] for name in ("stream", "seen")}
+        self.outputs = self._run("last", self.checkpoint.num_layers, last)
         return self.outputs["logits"]
+
+    def _attend(self, layer: int, state: Mapping[str, np.ndarray], context: np.ndarray) -> np.ndarray:
+        """Attention of all new tokens: those that see one another by the graph, each of the others for itself."""
+        heads, size = self.checkpoint.num_heads, self.checkpoint.head_size
+        keys, values = self._rows[2 * layer : 2 * layer + 2]
+        bias = read_weight(self.checkpoint, BIAS.format(layer), self.dtype).reshape(heads, 3, size)
+        seen = np.zeros_like(state["stream"])
+        mixed = state["mixed"].reshape(*seen.shape[:2], heads, 3, size)
+        for row, skip in enumerate(self._skip):
+            alone = self._past or context[row]  # the first that does not see what follows
+            if not self._past:
+                among = slice(skip, alone)
+                given = {name: state[name][row : row + 1, among] for name in ("mixed", "cos", "sin")}
+                out = self._run("attention", layer, given)
+                seen[row, among], keys[row, among], values[row, among] = out["seen"], out["key"], out["value"]
+            for token in range(alone - self._past, seen.shape[1]):
+                place = self._past + token
+                query, key, value = turn(mixed[row, token], bias, state["cos"][row, token], state["sin"][row, token])
+                keys[row, place], values[row, place] = key, value
+                whole = slice(skip, place + 1)
+                seen[row, token] = attend(query, keys[row, whole], values[row, whole]).reshape(-1)
+        return seen
 
 
 def open_fast(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> FastSession:

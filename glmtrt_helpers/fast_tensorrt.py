@@ -2,7 +2,8 @@
 
 A step is `first`, then attention and `middle` for each layer, then `last`. For a single token attention is a kernel,
 `attend.cu`, and the whole step is a CUDA graph, whose last act is to make what it chose the next step's input. The host
-reads tokens while later steps run.
+reads tokens while later steps run. Padding, which comes at the left of a prompt, is moved behind it: rows begin where
+their memory does, in the cache, too, and nothing ever reads what is padding.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from glmtrt_helpers import cuda, kernels, packages
-from glmtrt_helpers.checkpoints import Checkpoint, shares_vocabulary
-from glmtrt_helpers.fast_session import PARTS, FastSession, part_path, read_weight, split_mask, weight_names
+from glmtrt_helpers import cuda, fast_session, kernels, packages
+from glmtrt_helpers.checkpoints import Checkpoint
+from glmtrt_helpers.fast_session import BIAS, PARTS, FastSession, part_path
 from glmtrt_helpers.loaded import Engine, check_plan, limits
 from glmtrt_helpers.profiles import Memory, find_profile
 
 AHEAD = 4  # steps that may run before the token of the first is read; so many are wasted where an answer ends
-VOCABULARY = ("transformer.word_embeddings.weight", "lm_head.weight")
 
 
 class FastTensorRTSession(FastSession):
@@ -44,7 +44,8 @@ class FastTensorRTSession(FastSession):
         self._graphs: dict[tuple[int, int], Any] = {}
         self._seen: set[tuple[int, int]] = set()
         self._last = (1, 1, 0)  # batch, tokens and past of the last step
-        self._next = np.zeros((0, 2, 1), np.int64), np.zeros((0, 2), np.int64)  # positions, visible of the one after
+        self._next = np.zeros((0, 2, 1), np.int64), np.zeros(0, np.int64)  # positions and places of the one after
+        self._context = np.zeros(0, np.int64)  # of the last prompt, as `read_mask` gives it
         try:
             cuda.free_memory()  # the first call makes the context that the kernels are loaded into
             self._kernels = kernels.Kernels(capability, checkpoint.num_heads, checkpoint.head_size, self.dtype)
@@ -68,49 +69,45 @@ class FastTensorRTSession(FastSession):
         return memory, memory.divide(sizes)
 
     def _hold_weights(self) -> None:
-        """Copy every weight from its shard to the GPU, a vocabulary matrix that is stored twice once."""
-        tensors = [tensor for engine in self._engines.values() for tensor in engine.tensors]
-        wanted = [name for layer in range(self.checkpoint.num_layers + 1)
-                  for name in weight_names(tensors, layer).values() if name in self.checkpoint.tensors]  # fmt: skip
-        wanted = list(dict.fromkeys(wanted))
-        if shares_vocabulary(self.checkpoint):
-            first, second = (read_weight(self.checkpoint, name, self.dtype) for name in VOCABULARY)
-            if np.array_equal(first, second):  # the samples agree, and so does all the rest
-                wanted.remove(VOCABULARY[1])
-        sizes = {name: math.prod(self.checkpoint.tensors[name].shape) * self.dtype.itemsize for name in wanted}
-        self._weights, self._places = self._hold(sizes, "the weights")
-        for name, place in self._places.items():
-            place.fill(np.ascontiguousarray(read_weight(self.checkpoint, name, self.dtype)), self.stream)
+        """Copy every weight from its shard to the GPU."""
+        inputs = [tensor for engine in self._engines.values() for tensor in engine.tensors]
+        sources = fast_session.weight_sources(self.checkpoint, inputs, self.dtype)
+        width, stored = self.dtype.itemsize, self.checkpoint.tensors
+        sizes = {name: math.prod(stored[name].shape) * width for name in sources.values()}
+        self._weights, places = self._hold(sizes, "the weights")
+        for name, place in places.items():
+            place.fill(np.ascontiguousarray(fast_session.read_weight(self.checkpoint, name, self.dtype)), self.stream)
         cuda.synchronize(self.stream)
-        self._places.setdefault(VOCABULARY[1], self._places[VOCABULARY[0]])
+        self._places = {name: places[source] for name, source in sources.items()}
 
     def _allocate(self) -> None:
         """The cache, and a place for every other tensor of a step."""
         before = cuda.free_memory()
         config, batch = self.checkpoint, self.limits.batch
-        longest = max(box.sequence.max for box in self.info.profiles)
-        rows, width = batch * longest, self.dtype.itemsize
-        wide = rows * config.hidden_size * width
-        sizes = {name: wide for name in ("stream", "next_stream", "seen", "query", "key", "value")}
-        sizes |= {name: rows * config.head_size * width for name in ("cos", "sin")}
-        sizes |= {"input_ids": rows * 8, "position_ids": rows * 16, "attention_mask": rows * longest}
-        sizes["logits"] = batch * config.vocab_size * width
-        partial = kernels.partial_bytes(batch, config.num_heads, config.head_size)
-        sizes |= {"visible": batch * 16, "partial": partial, "arrived": batch * config.num_heads * 4}
+        # Bytes of a token: of its keys in a layer, as of its stream; and of one head of these.
+        self._token, self._head = (n * self.dtype.itemsize for n in (config.hidden_size, config.head_size))
+        rows = batch * cuda.whole(max(box.sequence.max for box in self.info.profiles), self._head)
+        sizes = dict.fromkeys(("stream", "next_stream", "seen"), rows * self._token) | {"mixed": 3 * rows * self._token}
+        sizes |= {"cos": rows * self._head, "sin": rows * self._head}
+        sizes |= {"input_ids": rows * 8, "position_ids": rows * 16, "places": rows * 8}
+        sizes |= dict.fromkeys(("last_stream", "last_seen"), batch * self._token)
+        sizes["logits"] = batch * config.vocab_size * self.dtype.itemsize
+        sizes["partial"] = kernels.partial_bytes(batch, config.num_heads, config.head_size)
+        sizes["arrived"] = batch * config.num_heads * 4
         memory, self._buffers = self._hold(sizes, "the inputs, the logits and what is between")
         memory.clear()
-        self._row = config.head_size * width  # bytes of a token in one head
-        self._room = self.limits.total  # tokens
-        cache = len(self._names) * batch * config.num_heads * self._room * self._row
+        self._dims = fast_session.input_dims(config.config)
+        self._room = cuda.whole(self.limits.total, self._token)  # tokens
+        cache = len(self._names) * batch * self._room * self._token
         self._slots, _ = self._hold({"cache": cache}, "the cache")
         taken = before - cuda.free_memory()
         engines = self._engines.values()
         weights = self._weights.nbytes + sum(engine.weights for engine in engines)
         self.measured = Memory(weights, cache, taken - cache, sum(engine.activations for engine in engines))
 
-    def _begin(self, batch: int) -> None:
+    def _begin(self, batch: int, skip: np.ndarray) -> None:
         find_profile(self.info.profiles, batch, 1, 0)  # or there is no room for so many rows
-        self._past, self._batch = 0, batch
+        self._past, self._batch, self._skip = 0, batch, skip
 
     @property
     def profile(self) -> str:
@@ -119,29 +116,28 @@ class FastTensorRTSession(FastSession):
 
     def pretend(self, batch: int, past: int) -> None:
         """Take what lies in the cache for so many tokens of so many rows: for measuring."""
-        self._begin(batch)
+        self._begin(batch, np.zeros(batch, np.int64))
         self._past = past
-        self._fill(position_ids=np.zeros((batch, 2, 1)), visible=np.array([[0, past]] * batch))
+        self._fill(position_ids=np.zeros((batch, 2, 1)), places=np.full(batch, past))
 
-    def _place(self, number: int) -> int:
-        """Where the keys or values of a layer lie, (batch, heads, room, d)."""
-        return self._slots.address + number * self._batch * self.checkpoint.num_heads * self._room * self._row
+    def _place(self, number: int, row: int = 0) -> int:
+        """Where the keys or values of a layer lie, (batch, room, heads, d), and those of a row."""
+        return self._slots.address + (number * self._batch + row) * self._room * self._token
 
     def _write(self, rows: list[np.ndarray]) -> None:
-        heads = self._batch * self.checkpoint.num_heads
         for number, array in enumerate(rows):
-            given = np.ascontiguousarray(array, self.dtype)
-            width = given.shape[2] * self._row
-            target, pitch = self._place(number), self._room * self._row
-            cuda.copy_rows(target, pitch, given.ctypes.data, width, width, heads, self.stream, cuda.TO_DEVICE)
+            for row, skip in enumerate(self._skip):
+                given = np.ascontiguousarray(array[row, skip:], self.dtype)
+                cuda.Buffer(self._place(number, row), given.nbytes).fill(given, self.stream)
         cuda.synchronize(self.stream)
 
     def _read(self) -> list[np.ndarray]:
-        shape = (self._batch, self.checkpoint.num_heads, self._past, self.checkpoint.head_size)
-        arrays = [np.empty(shape, self.dtype) for _ in self._names]
+        shape = (self._batch, self._past, self.checkpoint.num_heads, self.checkpoint.head_size)
+        arrays = [np.zeros(shape, self.dtype) for _ in self._names]
         for number, array in enumerate(arrays):
-            heads = array.reshape(shape[0] * shape[1], -1)
-            cuda.read_rows(heads, self._place(number), self._room * self._row, self.stream)
+            for row, skip in enumerate(self._skip):
+                tokens = array[row, skip:].reshape(1, -1)
+                cuda.read_rows(tokens, self._place(number, row), tokens.nbytes, self.stream)
         return arrays
 
     def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
@@ -150,70 +146,94 @@ class FastTensorRTSession(FastSession):
 
     def enqueue(self, call: Mapping[str, np.ndarray], length: int) -> None:
         """Send the inputs of a step of `length` tokens and run it, its rows put into the cache; waits for nothing."""
-        find_profile(self.info.profiles, self._batch, length, self._past)
-        among_new, visible = split_mask(call, self._past)
-        positions = call["position_ids"][:, :, -1:] + np.array([[0], [1]])
-        self._next = positions, visible + np.array([0, length])
-        self._fill(input_ids=call["input_ids"], position_ids=call["position_ids"], visible=visible)
+        find_profile(self.info.profiles, len(call["input_ids"]), length, self._past)
+        self._context = self._look(call)
+        ends = self._past + length - self._skip
+        self._next = call["position_ids"][:, :, -1:] + np.array([[0], [1]]), ends
         if length == 1 and self._past:
+            self._fill(input_ids=call["input_ids"], position_ids=call["position_ids"], places=ends - 1)
             self.decode()
             return
-        self._fill(attention_mask=among_new)
-        self._last = self._batch, length, self._past
-        self._select(length)
-        self._step(length, self._attend_prompt)
+        # Rows begin with what is no padding, and where an engine can read them.
+        shift = np.zeros_like(self._skip) if self._past else self._skip
+        size = length if self._batch == 1 else cuda.whole(length, self._head)
+        places = (self._past + shift - self._skip)[:, None] + np.arange(size)
+        self._fill(**fast_session.shift_left(call, shift, size), places=places)
+        self._last = self._batch, size, self._past
+        self._select(size)
+        self._step(size, self._attend_prompt, length - shift)
         self._past += length
 
     def _fill(self, **arrays: np.ndarray) -> None:
-        kinds = {"attention_mask": np.bool_}
         for name, array in arrays.items():
-            self._buffers[name].fill(np.ascontiguousarray(array, kinds.get(name, np.int64)), self.stream)
+            self._buffers[name].fill(np.ascontiguousarray(array, np.int64), self.stream)
 
     def _select(self, length: int) -> None:
         """The profile of such a step, in every engine that it takes."""
-        for part, engine in self._engines.items():
-            if part != "attention" or not self._past:
-                engine.select(self._batch, length, self._past)
+        for part in ("first", "middle", "last"):
+            self._engines[part].select(self._batch, 1 if part == "last" else length, self._past)
 
-    def _run(self, part: str, layer: int, length: int, **renamed: str) -> None:
-        """One engine over the buffers of its tensors' names. layer: which it enters; renamed: another buffer's name."""
+    def _run(self, part: str, layer: int, batch: int, length: int, **elsewhere: int) -> None:
+        """One engine over the buffers of its tensors' names. layer: which it enters. elsewhere: addresses instead."""
         engine = self._engines[part]
-        weights = weight_names(engine.tensors, layer)
-        sizes = {"batch": self._batch, "sequence": length}
+        weights = fast_session.weight_names(engine.tensors, layer)
+        sizes: dict[int | str, int] = {"batch": batch, "sequence": length}
         for name, tensor in engine.tensors.items():
             if name in weights:
                 engine.bind(name, self._places[weights[name]].address, tensor.shape)
             else:
-                shape = _SHAPES[name](sizes, self.checkpoint) if tensor.mode == "input" else None
-                engine.bind(name, self._buffers[renamed.get(name, name)].address, shape)
+                shape = [int(sizes.get(dim, dim)) for dim in self._dims[name]] if tensor.mode == "input" else None
+                engine.bind(name, elsewhere.get(name) or self._buffers[name].address, shape)
         engine.enqueue()
 
-    def _step(self, length: int, attend: Callable[[int, int], None]) -> None:
-        """All engines of a step, one behind the other."""
-        last = self.checkpoint.num_layers
-        streams = ("stream", "next_stream")
-        self._run("first", 0, length)
-        for layer in range(last):
-            attend(layer, length)
-            if layer + 1 < last:
-                now, then = streams[layer % 2], streams[(layer + 1) % 2]
-                self._run("middle", layer + 1, length, stream=now, next_stream=then)
+    def _step(self, length: int, attend: Callable[..., None], counts: np.ndarray | None = None) -> None:
+        """All engines of a step, one behind the other. counts (batch,): tokens of each row of a prompt."""
+        count, batch = self.checkpoint.num_layers, self._batch
+        now, then = (self._buffers[name].address for name in ("stream", "next_stream"))
+        self._run("first", 0, batch, length)
+        for layer in range(count):
+            attend(layer, length, counts)
+            if layer + 1 < count:
+                self._run("middle", layer + 1, batch, length, stream=now, next_stream=then)
+                now, then = then, now
+        seen = self._buffers["seen"].address
+        if counts is not None:
+            now, seen = (self._last_of(*each, length, counts) for each in ((now, "last_stream"), (seen, "last_seen")))
         # The ids were read when the step began: their place may take the next ones.
-        self._run("last", last, length, stream=streams[(last - 1) % 2], next_token="input_ids")
+        self._run("last", count, batch, 1, stream=now, seen=seen, next_token=self._buffers["input_ids"].address)
 
-    def _attend_prompt(self, layer: int, length: int) -> None:
-        self._run("attention", 0, length)
-        heads, width = self._batch * self.checkpoint.num_heads, length * self._row
-        for number, name in enumerate(("key", "value"), 2 * layer):
-            pitch = self._room * self._row
-            cuda.copy_rows(self._place(number), pitch, self._buffers[name].address, width, width, heads, self.stream)
+    def _last_of(self, source: int, name: str, length: int, counts: np.ndarray) -> int:
+        """Put the last token of each row together, and say where."""
+        target, width = self._buffers[name].address, self._token
+        for row, count in enumerate(counts):
+            at = source + (row * length + int(count) - 1) * width
+            cuda.copy_rows(target + row * width, width, at, width, width, 1, self.stream)
+        return target
 
-    def _attend_token(self, layer: int, length: int) -> None:
-        address = {name: buffer.address for name, buffer in self._buffers.items()}
-        places = [address[name] for name in ("query", "key", "value")]
-        places += [self._place(2 * layer), self._place(2 * layer + 1)]
-        places += [address[name] for name in ("seen", "visible", "partial", "arrived")]
-        self._kernels.attend(places, self._batch, self._room, self._past + 1, self.stream)
+    def _attend_prompt(self, layer: int, length: int, counts: np.ndarray) -> None:
+        """Tokens that see one another by the engine, a row at a time; each of the others for itself."""
+        for row, count in enumerate(counts):
+            context = 0 if self._past else int(self._context[row] - self._skip[row])
+            if context:
+                cache = {name: self._place(2 * layer + n, row) for n, name in enumerate(("key", "value"))}
+                self._engines["attention"].select(1, context, 0)
+                self._run("attention", layer, 1, context, **self._at(row * length), **cache)
+            for token in range(context, int(count)):
+                self._attend(layer, row * length + token, 1, row)
+
+    def _at(self, token: int) -> dict[str, int]:
+        """Where what belongs to a token begins, in the buffers that attention reads and writes."""
+        sizes = {"mixed": 3 * self._token, "seen": self._token, "cos": self._head, "sin": self._head}
+        return {name: self._buffers[name].address + token * size for name, size in sizes.items()}
+
+    def _attend(self, layer: int, token: int, batch: int, row: int = 0) -> None:
+        """The kernel, for so many rows from one on, whose new tokens begin at `token` of the buffers."""
+        at, address = self._at(token), {name: buffer.address for name, buffer in self._buffers.items()}
+        addresses = [at["mixed"], self._places[BIAS.format(layer)].address, at["cos"], at["sin"]]
+        addresses += [self._place(2 * layer, row), self._place(2 * layer + 1, row), at["seen"]]
+        addresses += [address["places"] + 8 * token, address["partial"], address["arrived"]]
+        tokens = self._last[2] + self._last[1]
+        self._kernels.attend(addresses, batch, self._room, tokens, self.stream)
 
     def decode(self) -> None:
         """One step of one token, whose inputs lie in their place. The first with these shapes runs as it is, for what
@@ -233,9 +253,9 @@ class FastTensorRTSession(FastSession):
         self._past += 1
 
     def _step_of_one(self) -> None:
-        self._step(1, self._attend_token)
-        positions, visible = (self._buffers[name].address for name in ("position_ids", "visible"))
-        self._kernels.advance(positions, visible, self._batch, self.stream)
+        self._step(1, lambda layer, *_: self._attend(layer, 0, self._batch))
+        positions, places = (self._buffers[name].address for name in ("position_ids", "places"))
+        self._kernels.advance(positions, places, self._batch, self.stream)
 
     def _read_output(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         array = np.empty(shape, self._engines["last"].tensors[name].dtype)
@@ -252,8 +272,8 @@ class FastTensorRTSession(FastSession):
         events = [cuda.new_event() for _ in range(AHEAD + 1)]
         asked = given = 0
         try:
-            positions, visible = self._next
-            self._fill(position_ids=positions, visible=visible)
+            positions, places = self._next
+            self._fill(position_ids=positions, places=places)
             while True:
                 while asked <= given + AHEAD and (asked == 0 or self._past < self.limits.total):
                     if asked:
@@ -280,25 +300,3 @@ class FastTensorRTSession(FastSession):
         self._graphs.clear()
         while self._closers:
             self._closers.pop()()
-
-
-def _wide(sizes: Mapping[str, int], checkpoint: Checkpoint) -> tuple[int, ...]:
-    return sizes["batch"], sizes["sequence"], checkpoint.hidden_size
-
-
-def _angles(sizes: Mapping[str, int], checkpoint: Checkpoint) -> tuple[int, ...]:
-    return sizes["batch"], sizes["sequence"], checkpoint.head_size
-
-
-def _heads(sizes: Mapping[str, int], checkpoint: Checkpoint) -> tuple[int, ...]:
-    return sizes["batch"], checkpoint.num_heads, sizes["sequence"], checkpoint.head_size
-
-
-_SHAPES: dict[str, Callable[[Mapping[str, int], Checkpoint], tuple[int, ...]]] = {
-    "input_ids": lambda sizes, _: (sizes["batch"], sizes["sequence"]),
-    "position_ids": lambda sizes, _: (sizes["batch"], 2, sizes["sequence"]),
-    "attention_mask": lambda sizes, _: (sizes["batch"], 1, sizes["sequence"], sizes["sequence"]),
-    **dict.fromkeys(("stream", "seen"), _wide),
-    **dict.fromkeys(("cos", "sin"), _angles),
-    **dict.fromkeys(("query", "key", "value"), _heads),
-}

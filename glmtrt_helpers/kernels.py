@@ -13,11 +13,11 @@ from cuda.bindings import driver, nvrtc
 from glmtrt_helpers.errors import WorkbookError
 
 SOURCE = Path(__file__).parent / "attend.cu"
-THREADS, TOKENS, MOST = 128, 64, 128  # as the source has them
-ENOUGH = 1024  # blocks
+THREADS, TOKENS, MOST = 128, 32, 128  # as the source has them
+ENOUGH = 512  # blocks
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-_ATTEND = (_POINTER,) * 9 + (_INT, _INT, _INT, _FLOAT)
+_ATTEND = (_POINTER,) * 10 + (_INT, _INT, _INT, _FLOAT)
 _ADVANCE = (_POINTER, _POINTER, _INT)
 
 
@@ -91,19 +91,19 @@ class Kernels:
             for name in (b"attend", b"advance")
         )
 
-    def attend(self, places: Sequence[int], batch: int, room: int, tokens: int, stream: Any) -> None:
+    def attend(self, addresses: Sequence[int], batch: int, room: int, tokens: int, stream: Any) -> None:
         """Attention of one new token a row, and its key and value into the cache of one layer.
 
-        places: addresses of query, key, value, keys, values, seen, visible, partial, arrived, as the source says.
+        addresses: of mixed, bias, cos, sin, keys, values, seen, places, partial, arrived, as the source says.
         room: tokens that the cache holds. tokens: the largest past of the rows and the new one.
         """
         blocks, span = blocks_of(tokens, batch * self.heads)
-        arguments = (*places, self.heads, room, span, self.scale)
+        arguments = (*addresses, self.heads, room, span, self.scale)
         self._launch(self._attend, (blocks, self.heads, batch), arguments, _ATTEND, stream)
 
-    def advance(self, position_ids: int, visible: int, batch: int, stream: Any) -> None:
-        """Positions (batch, 2, 1) and visible (batch, 2) of the token that follows."""
-        self._launch(self._advance, (-(-batch // THREADS), 1, 1), (position_ids, visible, batch), _ADVANCE, stream)
+    def advance(self, position_ids: int, places: int, batch: int, stream: Any) -> None:
+        """Positions (batch, 2, 1) and places (batch,) of the token that follows."""
+        self._launch(self._advance, (-(-batch // THREADS), 1, 1), (position_ids, places, batch), _ADVANCE, stream)
 
     def _launch(self, kernel: Any, grid: tuple[int, int, int], values: tuple, kinds: tuple, stream: Any) -> None:
         _check(driver.cuLaunchKernel(kernel, *grid, THREADS, 1, 1, 0, int(stream), (values, kinds), 0), "run a kernel")

@@ -1,5 +1,7 @@
 """Tables and pictures that the notebooks and the command line share. Chinese shows in all of them."""
 
+from __future__ import annotations
+
 import html
 import importlib
 import importlib.util
@@ -8,11 +10,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
@@ -21,8 +22,12 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from glmtrt_helpers.inputs import Call
 from glmtrt_helpers.profiles import Memory, Profile, describe
+
+if TYPE_CHECKING:  # a table needs no PyTorch
+    import torch
+
+    from glmtrt_helpers.inputs import Call
 
 # One colour for one meaning, in every picture of the workbook; readable without colour vision, too.
 SEEN, HIDDEN, PADDING = "#dbe9f6", "#2f4b6e", "#e9e4da"
@@ -135,9 +140,9 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
     size = 0.22 * max(total, 8)
     figure, axes = plt.subplots(1, batch, figsize=(batch * (size + 1.2), size + 1.0), squeeze=False)
     for row, axis in enumerate(axes[0]):
-        padding = torch.tensor([piece == "<pad>" for piece in pieces[row]])
-        picture = mask[row, 0].int() + (mask[row, 0] & padding[None, :]).int()
-        axis.imshow(picture.numpy(), cmap=ListedColormap([SEEN, HIDDEN, PADDING]), vmin=0, vmax=2, aspect="equal")
+        hidden, padding = np.asarray(mask[row, 0]), np.array([piece == "<pad>" for piece in pieces[row]])
+        picture = hidden.astype(int) + (hidden & padding)
+        axis.imshow(picture, cmap=ListedColormap([SEEN, HIDDEN, PADDING]), vmin=0, vmax=2, aspect="equal")
         axis.set_xticks(range(total), [_label(piece) for piece in pieces[row]], rotation=90, fontsize=8)
         axis.set_yticks(range(sequence), [_label(piece) for piece in pieces[row][total - sequence :]], fontsize=8)
         axis.set_xticks(np.arange(-0.5, total), minor=True)

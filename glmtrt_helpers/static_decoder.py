@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from glmtrt_helpers import checkpoints
 from glmtrt_helpers.checkpoints import Checkpoint
-from glmtrt_helpers.fast import First, Last, Middle
+from glmtrt_helpers.fast import First, Last, Middle, turn
 from glmtrt_helpers.fast_session import weight_names
 
 StaticCache = list[tuple[torch.Tensor, torch.Tensor]]
@@ -22,8 +22,9 @@ class StaticDecoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, blank_id: int):
         super().__init__()
-        self.first, self.last = First(config, dtype), Last(config, dtype, blank_id)
-        self.middles = nn.ModuleList(Middle(config, dtype) for _ in range(config["num_layers"] - 1))
+        self.heads = config["num_attention_heads"]
+        self.first, self.last = First(config, dtype, biased=True), Last(config, dtype, blank_id)
+        self.middles = nn.ModuleList(Middle(config, dtype, biased=True) for _ in range(config["num_layers"] - 1))
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> StaticDecoder:
@@ -47,8 +48,8 @@ class StaticDecoder(nn.Module):
 
     def empty_cache(self, batch: int, length: int, device: str = "cpu") -> StaticCache:
         """Keys and values of every layer, (batch, heads, length, d)."""
-        weight, heads = self.last.lm_head.weight, self.first.enter.heads
-        shape = (batch, heads, length, weight.shape[1] // heads)
+        weight = self.last.lm_head.weight
+        shape = (batch, self.heads, length, weight.shape[1] // self.heads)
         made = [torch.zeros(shape, dtype=weight.dtype, device=device) for _ in range(2 * len(self.middles) + 2)]
         return list(zip(made[::2], made[1::2], strict=True))
 
@@ -64,12 +65,13 @@ class StaticDecoder(nn.Module):
         batch, length = input_ids.shape
         mask = None if attention_mask is None else ~attention_mask
         used = slice(0, past + length)
-        cos, sin, stream, query, key, value = self.first(input_ids, position_ids)
+        cos, sin, stream, mixed = self.first(input_ids, position_ids)
         for number, (keys, values) in enumerate(cache):
+            query, key, value = (rows.transpose(1, 2) for rows in turn(mixed, cos, sin, self.heads))
             keys[:, :, past : past + length], values[:, :, past : past + length] = key, value
             seen = F.scaled_dot_product_attention(query, keys[:, :, used], values[:, :, used], attn_mask=mask)
             seen = seen.transpose(1, 2).reshape(batch, length, -1)
             if number < len(self.middles):
-                stream, query, key, value = self.middles[number](stream, seen, cos, sin)
-        token, logits = self.last(stream, seen)
+                stream, mixed = self.middles[number](stream, seen)
+        token, logits = self.last(stream[:, -1:], seen[:, -1:])
         return token, logits

@@ -46,8 +46,8 @@ static void from_float(unsigned short &y, float x) {
 #include "attend.cu"
 
 // order: the blocks of the grid, in the order in which they are to run.
-extern "C" void run(const int *order, int count, int blocks, int heads, int batch, const T *query, const T *key,
-                    const T *value, T *keys, T *values, T *seen, const long long *visible, float *partial,
+extern "C" void run(const int *order, int count, int blocks, int heads, int batch, const T *mixed, const T *bias,
+                    const T *cos, const T *sin, T *keys, T *values, T *seen, const long long *places, float *partial,
                     unsigned *arrived, int room, int span, float scale) {
   gridDim = {(unsigned)blocks, (unsigned)heads, (unsigned)batch};
   std::barrier<> all(THREADS);
@@ -60,7 +60,7 @@ extern "C" void run(const int *order, int count, int blocks, int heads, int batc
       for (int n = 0; n < count; n++) {
         if (i == 0) blockIdx = {order[n] % (unsigned)blocks, order[n] / blocks % (unsigned)heads, order[n] / (unsigned)(blocks * heads)};
         all.arrive_and_wait();
-        attend(query, key, value, keys, values, seen, visible, partial, arrived, heads, room, span, scale);
+        attend(mixed, bias, cos, sin, keys, values, seen, places, partial, arrived, heads, room, span, scale);
         all.arrive_and_wait();
       }
     });

@@ -18,7 +18,7 @@ import pytest
 from cuda.bindings import runtime as real
 
 from glmtrt_helpers import cuda, kernels, loaded, packages
-from glmtrt_helpers.fast_session import attend
+from glmtrt_helpers.fast_session import attend, turn
 from glmtrt_helpers.plans import PlanInfo
 
 OK = (real.cudaError_t.cudaSuccess,)
@@ -195,36 +195,32 @@ class FakeKernels:
         assert self.gpu._inside(address, nbytes), f"{shape} at {address} lies outside of its memory"
         return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
 
-    def attend(self, places: list[int], batch: int, room: int, tokens: int, stream: Any) -> None:
-        one, cache = (batch, self.heads, self.size), (batch, self.heads, room, self.size)
-        query, key, value, keys, values, seen = (
-            self._view(address, shape, self.dtype)
-            for address, shape in zip(places, [one, one, one, cache, cache, one], strict=False)
+    def attend(self, addresses: list[int], batch: int, room: int, tokens: int, stream: Any) -> None:
+        heads, size = self.heads, self.size
+        blocks, span = kernels.blocks_of(tokens, batch * heads)
+        cache, turning = (batch, room, heads, size), (batch, size)
+        shapes = [(batch, heads, 3, size), (heads, 3, size), turning, turning, cache, cache, (batch, heads, size)]
+        kinds = [self.dtype] * len(shapes) + [np.int64, np.float32, np.uint32]
+        shapes += [(batch,), (batch * heads * blocks, size + 2), (batch, heads)]
+        mixed, bias, cos, sin, keys, values, seen, places, _, arrived = (
+            self._view(*each) for each in zip(addresses, shapes, kinds, strict=True)
         )
-        visible = self._view(places[6], (batch, 2), np.int64)
-        blocks, span = kernels.blocks_of(tokens, batch * self.heads)
-        self._view(places[7], (batch * self.heads * blocks, self.size + 2), np.float32)
-        arrived = self._view(places[8], (batch, self.heads), np.uint32)
 
         def work() -> None:
-            assert not arrived.any() and visible[:, 1].max() < min(room, blocks * span)
-            for row, (first, place) in enumerate(visible):
-                keys[row, :, place], values[row, :, place] = key[row], value[row]
-                some = slice(first, place + 1)
-                nothing = np.zeros((1, 1, 1, place + 1 - first), np.bool_)
-                result = attend(
-                    query[row][None, :, None], keys[row][None, :, some], values[row][None, :, some], nothing
-                )
-                seen[row] = result.reshape(self.heads, self.size)
+            assert not arrived.any() and places.max() < min(room, blocks * span)
+            query, key, value = turn(mixed, bias, cos, sin)
+            for row, place in enumerate(places):
+                keys[row, place], values[row, place] = key[row], value[row]
+                seen[row] = attend(query[row], keys[row, : place + 1], values[row, : place + 1])
 
         self.gpu._do(work)
 
-    def advance(self, position_ids: int, visible: int, batch: int, stream: Any) -> None:
-        both = [self._view(address, (batch, 2), np.int64) for address in (position_ids, visible)]
+    def advance(self, position_ids: int, places: int, batch: int, stream: Any) -> None:
+        positions, at = self._view(position_ids, (batch, 2), np.int64), self._view(places, (batch,), np.int64)
 
         def work() -> None:
-            for array in both:
-                array[:, 1] += 1
+            positions[:, 1] += 1
+            at[...] += 1
 
         self.gpu._do(work)
 

@@ -1,5 +1,6 @@
 """The fast decoder: the same numbers as the checkpoint's own code, from the same weights, in another arrangement."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def test_every_weight_is_the_input_of_one_part_and_one_layer(walked: Checkpoint)
     """Names and shapes are those of the state dict; two layers take none in common."""
     taken = []
     steps = [("first", 0), *(("middle", n) for n in range(1, walked.num_layers)), ("last", walked.num_layers)]
+    steps += [("attention", n) for n in range(walked.num_layers)]
     for part, layer in steps:
         shapes = {
             v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in load(walked, part).graph.input
@@ -45,15 +47,16 @@ def test_every_weight_is_the_input_of_one_part_and_one_layer(walked: Checkpoint)
 
 
 def test_the_graphs_hold_no_weight_and_pin_nothing(walked: Checkpoint) -> None:
-    heads, hidden, size = walked.num_heads, walked.hidden_size, walked.head_size
-    wide, tokens = ["batch", "sequence", hidden], ["batch", heads, "sequence", size]
+    hidden, size = walked.hidden_size, walked.head_size
+    wide, last = ["batch", "sequence", hidden], ["batch", 1, hidden]
     wanted = {
         "first": {"input_ids": ["batch", "sequence"], "position_ids": ["batch", 2, "sequence"]},
-        "middle": {"stream": wide, "seen": wide, "cos": [*wide[:2], size], "sin": [*wide[:2], size]},
-        "last": {"stream": wide, "seen": wide},
+        "middle": {"stream": wide, "seen": wide},
+        "last": {"stream": last, "seen": last},
         "attention": {
-            **dict.fromkeys(("query", "key", "value"), tokens),
-            "attention_mask": ["batch", 1, "sequence", "sequence"],
+            "mixed": [1, "sequence", 3 * hidden],
+            "cos": [1, "sequence", size],
+            "sin": [1, "sequence", size],
         },
     }
     for part in PARTS:
@@ -92,7 +95,7 @@ def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:
     call = {
         "input_ids": np.array([[5, 9, walked.config["gmask_token_id"], walked.config["bos_token_id"]]] * 2),
         "position_ids": np.array([[[0, 1, 2, 2], [0, 0, 0, 1]]] * 2),
-        "attention_mask": np.zeros((2, 1, 4, 4), np.bool_),
+        "attention_mask": np.array([[[[False] * 3 + [True]] * 3 + [[False] * 4]]] * 2),
     }
     session.step(call)
     out = session.outputs
@@ -103,7 +106,7 @@ def test_a_score_that_is_no_number_gives_the_guards_token(walked: Checkpoint) ->
     """As upstream does in generation: one of any row, and all rows get the token that stands for nothing."""
     assert checkpoints.load_tokenizer(walked).blank_id == 5
     session = FastOrtSession(walked, "fp32")
-    stream = {name: np.zeros((2, 3, walked.hidden_size), np.float32) for name in ("stream", "seen")}
+    stream = {name: np.zeros((2, 1, walked.hidden_size), np.float32) for name in ("stream", "seen")}
     right = session._run("last", walked.num_layers, stream)
     assert right["logits"].max() < 1e3
     stream["seen"][1, -1, 0] = np.nan
@@ -135,7 +138,9 @@ def test_engines_of_a_layer_are_built_without_a_gpu(walked: Checkpoint) -> None:
     assert tensors["stream"].profiles == [
         [[1, 1, hidden], [2, 128, hidden], [8, last, hidden]], [[1, 1, hidden], [2, 1, hidden], [8, 1, hidden]]
     ]  # fmt: skip
-    assert [profile.name for profile in reports["attention"].info.profiles] == ["prefill"]
+    prompt, one = reports["attention"].info.profiles, reports["last"].info.profiles
+    assert prompt == [replace(boxes[0], batch=Range(1, 1, 1))]
+    assert one == [profiles.Profile("last token", Range(1, 2, 8), Range(1, 1, 1), Range(0, 300, 600))]
     path = part_path(walked, "fp16", "middle")
     path.write_bytes(path.read_bytes() + b"\0\0")
     with pytest.raises(WorkbookError, match=r"another model.fp16.fast.middle.onnx .* --dtype fp16 --fast`"):

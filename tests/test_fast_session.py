@@ -40,23 +40,47 @@ def test_weights_are_read_as_they_are_stored(checkpoint: Checkpoint, tmp_path: P
         assert read.dtype == dtype and np.array_equal(read, tensor.float().numpy().astype(dtype))
 
 
-def test_the_mask_is_split_into_new_and_visible(checkpoint: Checkpoint) -> None:
+def test_a_mask_says_what_is_padding_and_what_sees_what(checkpoint: Checkpoint) -> None:
     tokenizer = checkpoints.load_tokenizer(checkpoint)
-    call = feeds.prefill(checkpoint, [tokenizer.encode("a"), tokenizer.encode("the good dog")])
-    among, visible = fast_session.split_mask(call, 0)
-    mask = call["attention_mask"]
-    blind = mask.all(axis=-1, keepdims=True)  # tokens of padding see nothing; they are let see all
-    assert blind.any() and not (among & blind).any() and (among == mask)[np.broadcast_to(~blind, mask.shape)].all()
-    assert visible[1].tolist() == [0, 0]
+    prompts = [tokenizer.encode("a"), tokenizer.encode("the good dog")]
+    call = feeds.prefill(checkpoint, prompts)
     length = call["input_ids"].shape[1]
-    assert visible[0].tolist() == [length - len(tokenizer.encode("a")), 0], "padding is known before it is cached"
-    among, visible = fast_session.split_mask(feeds.decode(call, np.array([7, 8])), length)
-    assert among.shape == (2, 1, 1, 1) and not among.any()
-    assert visible.tolist() == [[length - len(tokenizer.encode("a")), length], [0, length]]
+    padding = [length - len(prompts[0]), 0]
+    assert padding[0] > 0 and prompts[0][-1] == checkpoint.config["bos_token_id"]
+    skip, context = fast_session.read_mask(call, 0)
+    assert skip.tolist() == padding and context.tolist() == [length - 1] * 2, "all before <sop> see one another"
+    skip, context = fast_session.read_mask(feeds.decode(call, np.array([7, 8])), length)
+    assert skip.tolist() == padding and context.tolist() == [length + 1] * 2
+    # Behind <sop> each sees what came before it; what padding sees means nothing.
+    longer = feeds.prefill(checkpoint, [[*prompt, 7, 8, 9] for prompt in prompts])
+    longer["attention_mask"][0, 0, 0] = False
+    assert [part.tolist() for part in fast_session.read_mask(longer, 0)] == [padding, [length - 1] * 2]
+    for row, column in ((1, 2), (length, 3), (length, length + 1)):
+        wrong = {name: array.copy() for name, array in longer.items()}
+        wrong["attention_mask"][1, 0, row, column] ^= True
+        with pytest.raises(WorkbookError, match=r"takes masks of a chat: padding .* take the classical decoder"):
+            fast_session.read_mask(wrong, 0)
     hole = feeds.decode(call, np.array([7, 8]))
     hole["attention_mask"][1, 0, 0, 1] = True
-    with pytest.raises(WorkbookError, match="hides nothing of the cache but padding"):
-        fast_session.split_mask(hole, length)
+    with pytest.raises(WorkbookError, match="takes masks of a chat"):
+        fast_session.read_mask(hole, length)
+    with pytest.raises(WorkbookError, match="tokens, where 2 lie in the cache and 1 are new"):
+        fast_session.read_mask(hole, 2)
+    both = {"attention_mask": np.zeros((1, 1, 2, 5), np.bool_)}
+    with pytest.raises(WorkbookError, match="takes masks of a chat"):
+        fast_session.read_mask(both, 3)  # two new ones on a past that see each other
+
+
+def test_other_padding_than_the_cache_has(checkpoint: Checkpoint) -> None:
+    session = runtime.open_session(checkpoint, "ort", "fp32", fast=True)
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    call = feeds.prefill(checkpoint, [tokenizer.encode("a"), tokenizer.encode("the good dog")])
+    session.step(call)
+    after = feeds.decode(call, np.array([7, 8]))
+    after["attention_mask"][0, 0, 0, 0] = False
+    after["attention_mask"][0, 0, 0] = False
+    with pytest.raises(WorkbookError, match="the cache holds other padding than the call's mask hides"):
+        session.step(after)
 
 
 def test_a_long_batch_is_the_classical_one(checkpoint: Checkpoint) -> None:

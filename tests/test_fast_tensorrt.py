@@ -63,7 +63,7 @@ def prompts(checkpoint: Checkpoint, *counts: int) -> list[list[int]]:
 
 def test_memory_is_the_weights_and_one_cache(small: Checkpoint, session: FastTensorRTSession) -> None:
     """At the real size that is 12.4 and 0.94 GB, and a second of either would be felt."""
-    numbers = 2 * small.num_layers * BATCH.max * small.num_heads * 300 * small.head_size
+    numbers = 2 * small.num_layers * BATCH.max * small.num_heads * 300 * small.head_size  # 300 tokens end at 256 bytes
     assert session.measured.cache == 2 * numbers
     assert session.measured.weights == pytest.approx(profiles.engine_weights(small, "fp16"), abs=256 * 40)
     assert len({place.address for place in session._places.values()}) == len(session._places)
@@ -73,15 +73,15 @@ def test_a_vocabulary_matrix_that_is_stored_twice_is_held_once(
     small: Checkpoint, session: FastTensorRTSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of samples alone is not enough; the numbers decide."""
-    monkeypatch.setattr(fast_tensorrt, "shares_vocabulary", lambda checkpoint: True)
-    first, second = fast_tensorrt.VOCABULARY
+    monkeypatch.setattr(fast_session, "shares_vocabulary", lambda checkpoint: True)
+    (first, second), read = fast_session.VOCABULARY, fast_session.read_weight
 
     def read_same(checkpoint: Checkpoint, name: str, dtype: np.dtype) -> np.ndarray:
-        return fast_session.read_weight(checkpoint, first if name == second else name, dtype)
+        return read(checkpoint, first if name == second else name, dtype)
 
     for same in (False, True):
         if same:
-            monkeypatch.setattr(fast_tensorrt, "read_weight", read_same)
+            monkeypatch.setattr(fast_session, "read_weight", read_same)
         opened = FastTensorRTSession.open(small)
         assert len({place.address for place in opened._places.values()}) == len(opened._places) - same
         opened.close()

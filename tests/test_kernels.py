@@ -16,52 +16,62 @@ from glmtrt_helpers.errors import WorkbookError
 
 HERE = Path(__file__).parent
 Given = dict[str, Any]
+NAMES = ("mixed", "bias", "cos", "sin", "keys", "values", "seen", "places")
 SHAPES = [
-    # batch, heads, head size, room, places of the new token, first that may be seen
-    (1, 2, 128, 200, [150], [0]),
-    (1, 1, 128, 130, [1], [0]),
-    (2, 2, 32, 300, [299, 64], [0, 0]),
-    (2, 1, 16, 256, [127, 128], [70, 3]),
-    (3, 2, 32, 140, [63, 64, 130], [0, 5, 129]),
+    # batch, heads, head size, room, places of the new token
+    (1, 2, 128, 200, [150]),
+    (1, 1, 128, 130, [0]),
+    (2, 2, 32, 300, [299, 64]),
+    (2, 1, 16, 256, [127, 1]),
+    (3, 2, 32, 140, [31, 32, 130]),
 ]
 
 
 def make(shape: Any, dtype: np.dtype) -> Given:
-    batch, heads, size, room, places, firsts = shape
+    batch, heads, size, room, places = shape
     random = np.random.default_rng(0)
-    new = {name: random.standard_normal((batch, heads, size)).astype(dtype) for name in ("query", "key", "value")}
-    cache = {name: random.standard_normal((batch, heads, room, size)).astype(dtype) for name in ("keys", "values")}
-    for row in range(batch):  # what may not be seen is no number
-        for array in cache.values():
-            array[row, :, : firsts[row]] = array[row, :, places[row] :] = np.nan
-    visible = np.array([firsts, places], np.int64).T.copy()
-    return new | cache | {"seen": np.full((batch, heads, size), np.nan, dtype), "visible": visible}
+    sizes = {"mixed": (batch, heads, 3, size), "bias": (heads, 3, size), "cos": (batch, size), "sin": (batch, size)}
+    sizes |= {name: (batch, room, heads, size) for name in ("keys", "values")}
+    given = {name: random.standard_normal(shape).astype(dtype) for name, shape in sizes.items()}
+    for row, place in enumerate(places):  # what may not be seen is no number
+        for name in ("keys", "values"):
+            given[name][row, place:] = np.nan
+    return given | {"seen": np.full((batch, heads, size), np.nan, dtype), "places": np.array(places, np.int64)}
+
+
+def new_rows(given: Given) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, key and value of the new tokens, (batch, heads, d), in fp64."""
+    mixed = given["mixed"].astype(np.float64) + given["bias"]
+    first, second, third, fourth = np.split(mixed[:, :, :2], 4, axis=-1)
+    swapped = np.concatenate([second, first, fourth, third], axis=-1)
+    turned = mixed[:, :, :2] * given["cos"][:, None, None] + swapped * given["sin"][:, None, None]
+    return turned[:, :, 0], turned[:, :, 1], mixed[:, :, 2]
 
 
 def wanted(given: Given) -> np.ndarray:
-    """Softmax over what may be seen and the new token, in fp64."""
-    batch, heads, size = given["query"].shape
-    out = np.empty((batch, heads, size))
-    for row, (first, place) in enumerate(given["visible"]):
-        for head in range(heads):
-            both = [
-                np.vstack([given[many][row, head, first:place], given[one][row, head][None]]).astype(np.float64)
-                for many, one in (("keys", "key"), ("values", "value"))
-            ]
-            scores = both[0] @ given["query"][row, head].astype(np.float64) / np.sqrt(size)
+    """Softmax over the past and the new token, in fp64."""
+    query, key, value = new_rows(given)
+    out = np.empty(query.shape)
+    for row, place in enumerate(given["places"]):
+        for head in range(query.shape[1]):
+            keys = np.vstack([given["keys"][row, :place, head], key[row, head][None]])
+            values = np.vstack([given["values"][row, :place, head], value[row, head][None]])
+            scores = keys @ query[row, head] / np.sqrt(query.shape[-1])
             shares = np.exp(scores - scores.max())
-            out[row, head] = shares @ both[1] / shares.sum()
+            out[row, head] = shares @ values / shares.sum()
     return out
 
 
 def check(given: Given, run: Callable[[Given], None], dtype: np.dtype) -> None:
     right, before = wanted(given), {name: given[name].copy() for name in ("keys", "values")}
     run(given)
-    assert np.abs(given["seen"] - right).max() < (2e-3 if dtype == np.float16 else 1e-5)
-    for many, one in (("keys", "key"), ("values", "value")):
-        for row, (_, place) in enumerate(given["visible"]):
-            before[many][row, :, place] = given[one][row]
-        assert np.array_equal(given[many], before[many], equal_nan=True), "one row is written, at its place"
+    assert np.abs(given["seen"] - right).max() < (4e-3 if dtype == np.float16 else 1e-5)
+    _, key, value = new_rows(given)
+    for name, new in (("keys", key), ("values", value)):
+        for row, place in enumerate(given["places"]):
+            assert np.allclose(given[name][row, place], new[row], rtol=1e-3 if dtype == np.float16 else 1e-6, atol=1e-6)
+            before[name][row, place] = given[name][row, place]
+        assert np.array_equal(given[name], before[name], equal_nan=True), "one row is written, at its place"
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +82,20 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     folder, built = tmp_path_factory.mktemp("attend"), {}
 
     def run(given: Given, busy: int = 1) -> None:
-        batch, heads, size = given["query"].shape
-        half, room = given["query"].dtype == np.float16, given["keys"].shape[2]
+        batch, heads, size = given["seen"].shape
+        half, room = given["seen"].dtype == np.float16, given["keys"].shape[1]
         if (size, half) not in built:
             target = folder / f"attend{size}{half}.so"
             options = [f"-DD={size}", *["-DHALF"] * half, f"-I{kernels.SOURCE.parent}", "-std=c++20", "-O1", "-pthread"]
             command = [compiler, *options, "-w", "-shared", "-fPIC", "-o", str(target), str(HERE / "attend_on_cpu.cpp")]
             subprocess.run(command, check=True)
             built[size, half] = ctypes.CDLL(str(target)).run
-        tokens = int(given["visible"][:, 1].max()) + 1
+        tokens = int(given["places"].max()) + 1
         blocks, span = kernels.blocks_of(tokens, batch * heads * busy)
         order = np.random.default_rng(1).permutation(blocks * heads * batch).astype(np.int32)
         partial = np.full(kernels.partial_bytes(batch, heads, size) // 4, np.nan, np.float32)
         arrived = np.zeros(batch * heads, np.uint32)
-        names = ("query", "key", "value", "keys", "values", "seen", "visible")
-        arrays = [np.ascontiguousarray(given[name]) for name in names]
+        arrays = [np.ascontiguousarray(given[name]) for name in NAMES]
         places = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, partial, arrived)]
         for _ in range(2):  # the second time finds the counters as the first one left them
             built[size, half](
@@ -109,30 +118,29 @@ def test_attention_thread_by_thread(shape: Any, busy: int, dtype: np.dtype, on_h
 def on_gpu(given: Given) -> None:
     from glmtrt_helpers import cuda
 
-    names = ("query", "key", "value", "keys", "values", "seen", "visible")
-    batch, heads, size = given["query"].shape
-    tokens, stream = int(given["visible"][:, 1].max()) + 1, cuda.new_stream()
-    sizes = {name: given[name].nbytes for name in names}
+    batch, heads, size = given["seen"].shape
+    tokens, stream = int(given["places"].max()) + 1, cuda.new_stream()
+    sizes = {name: given[name].nbytes for name in NAMES}
     sizes |= {"partial": kernels.partial_bytes(batch, heads, size), "arrived": 4 * batch * heads}
     memory = cuda.Memory(sum(map(cuda.aligned, sizes.values())), "a test")
     memory.clear()
     places = memory.divide(sizes)
-    for name in names:
+    for name in NAMES:
         places[name].fill(given[name], stream)
-    made = kernels.Kernels(packages.gpus()[0].capability, heads, size, given["query"].dtype)
+    made = kernels.Kernels(packages.gpus()[0].capability, heads, size, given["seen"].dtype)
     for _ in range(2):
-        made.attend([p.address for p in places.values()], batch, given["keys"].shape[2], tokens, stream)
+        made.attend([p.address for p in places.values()], batch, given["keys"].shape[1], tokens, stream)
     for name in ("seen", "keys", "values"):
         cuda.read_rows(given[name].reshape(1, -1), places[name].address, given[name].nbytes, stream)
-    before = given["visible"].copy()
+    before = given["places"].copy()
     positions = np.stack([np.full(batch, 7), np.arange(batch)], axis=1).astype(np.int64)
     places["partial"].fill(positions, stream)
-    made.advance(places["partial"].address, places["visible"].address, batch, stream)
+    made.advance(places["partial"].address, places["places"].address, batch, stream)
     moved = np.empty_like(positions)
     cuda.read_rows(moved.reshape(1, -1), places["partial"].address, moved.nbytes, stream)
     assert (moved == positions + np.array([0, 1])).all()
-    cuda.read_rows(moved.reshape(1, -1), places["visible"].address, moved.nbytes, stream)
-    assert (moved == before + np.array([0, 1])).all()
+    cuda.read_rows(given["places"].reshape(1, -1), places["places"].address, before.nbytes, stream)
+    assert (given["places"] == before + 1).all()
     made.unload()
     memory.free()
     cuda.destroy_stream(stream)
@@ -140,9 +148,7 @@ def on_gpu(given: Given) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.dtype("f2"), np.dtype("f4")])
-@pytest.mark.parametrize(
-    "shape", [*SHAPES, (2, 32, 128, 2048, [2047, 700], [0, 100]), (70, 32, 128, 300, [280] * 70, [9] * 70)]
-)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 32, 128, 2048, [2047, 700]), (70, 32, 128, 300, [280] * 70)])
 def test_attention_on_the_gpu(shape: Any, dtype: np.dtype) -> None:
     check(make(shape, dtype), on_gpu, dtype)
 
@@ -156,13 +162,19 @@ def test_the_source_is_compiled_without_a_gpu(dtype: np.dtype) -> None:
 
 def test_blocks_share_a_past() -> None:
     """Of 32 heads, as long as the card has room for more blocks; what they take together is the whole past."""
-    assert [kernels.blocks_of(n, 32) for n in (1, 64, 65, 300, 2048)] == [(1, 64), (1, 64), (2, 64), (8, 64), (32, 64)]
-    assert [kernels.blocks_of(n, 32 * 8) for n in (1, 300, 2048)] == [(1, 64), (4, 128), (4, 512)]
+    assert [kernels.blocks_of(n, 32) for n in (1, 32, 33, 300, 2048)] == [
+        (1, 32),
+        (1, 32),
+        (2, 32),
+        (16, 32),
+        (16, 128),
+    ]
+    assert [kernels.blocks_of(n, 32 * 8) for n in (1, 300, 2048)] == [(1, 32), (2, 256), (2, 1024)]
     assert kernels.blocks_of(513, 32 * 64) == (1, 1024)
     for heads in (1, 4, 32, 96, 2048):
         for tokens in range(1, 2049, 13):
             blocks, span = kernels.blocks_of(tokens, heads)
-            assert blocks * span >= tokens and span % 64 == 0 and blocks <= kernels.MOST
+            assert blocks * span >= tokens and span % 32 == 0 and blocks <= kernels.MOST
             assert blocks * heads * 4 * 34 <= kernels.partial_bytes(1, heads, 32) or blocks == 1
 
 

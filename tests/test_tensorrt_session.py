@@ -6,6 +6,7 @@ The shipped, trained checkpoint, walked from its working copy to engines here; e
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,15 +111,25 @@ def wide(walked: Checkpoint, dtype: str) -> TensorRTSession:
     return TensorRTSession.open(walked, dtype, report.plan)
 
 
+def wide_fast(walked: Checkpoint, dtype: str, options: engines.BuildOptions | None = None) -> FastTensorRTSession:
+    """The same of the fast engine, in a copy: its plans have one name."""
+    directory = walked.directory.with_name(f"wide_{dtype}")
+    shutil.copytree(walked.directory, directory, dirs_exist_ok=True)
+    copy = checkpoints.open_checkpoint(directory)
+    fast.build_fast(copy, dtype, ANYTHING, options=options)
+    return FastTensorRTSession.open(copy, dtype)
+
+
+@pytest.mark.parametrize("kind", ["classical", "fast"])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_logits_and_presents_within_tolerance(walked: Checkpoint, dtype: str) -> None:
+def test_logits_and_presents_within_tolerance(walked: Checkpoint, dtype: str, kind: str) -> None:
     """Every case: no past, a long past, chunks, padding, the last positions. PyTorch fp32 is the reference."""
-    opened = wide(walked, dtype)
+    opened: Opened = wide(walked, dtype) if kind == "classical" else wide_fast(walked, dtype)
     result = verification.verify(walked, dtype, session=opened)
     opened.close()
     for row in result.rows:
         own = "" if row.own_error is None else f", PyTorch fp16 {row.own_error:.1e}"
-        print(f"{dtype} {row.case.name}: {row.error:.1e} of {row.tolerance:.1e} allowed{own}, {row.tensor}")
+        print(f"{dtype} {kind}, {row.case.name}: {row.error:.1e} of {row.tolerance:.1e} allowed{own}, {row.tensor}")
     assert len(result.rows) == len(references.CASES) and result.ok
     assert opened.arithmetic == ("tf32" if dtype == "fp32" else None)
 
@@ -132,7 +143,7 @@ def test_exact_products_within_a_tenth_of_the_tolerance(walked: Checkpoint) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=options)
     print(done.stdout)
-    assert done.returncode == 0 and done.stdout.count("allowed") == len(references.CASES), done.stderr
+    assert done.returncode == 0 and done.stdout.count("allowed") == 2 * len(references.CASES), done.stderr
     chat = [sys.executable, "-c", "from glmtrt_helpers import cli; cli.main()", "chat", str(walked.directory)]
     done = subprocess.run([*chat, "--dtype", "fp32", "--prompt", "你好", "--greedy"], capture_output=True, text=True)
     assert done.stdout == next(e.answer for e in train.load_corpus() if e.question == "你好") + "\n", done.stderr
@@ -145,12 +156,15 @@ def verify_exact(walked: Checkpoint) -> None:
     target = walked.directory / "exact.onnx"
     target.write_bytes((walked.directory / "model.fp32.onnx").read_bytes())
     report = engines.build_engine(walked, "fp32", ANYTHING, options=engines.BuildOptions(tf32=False), onnx_path=target)
-    opened = TensorRTSession.open(walked, "fp32", report.plan)
-    assert opened.arithmetic is None
-    result = verification.verify(walked, "fp32", session=opened)
-    for row in result.rows:
-        print(f"fp32, TF32 cleared, {row.case.name}: {row.error:.1e} of {row.tolerance:.1e} allowed, {row.tensor}")
-    assert result.ok
+    exact: list[Opened] = [TensorRTSession.open(walked, "fp32", report.plan)]
+    exact.append(wide_fast(walked, "fp32", engines.BuildOptions(tf32=False)))
+    for opened in exact:
+        assert opened.arithmetic is None
+        result = verification.verify(walked, "fp32", session=opened)
+        for row in result.rows:
+            name = f"{type(opened).__name__}, {row.case.name}"
+            print(f"fp32, TF32 cleared, {name}: {row.error:.1e} of {row.tolerance:.1e} allowed, {row.tensor}")
+        assert result.ok
 
 
 def test_the_longest_past(walked: Checkpoint, session: Opened) -> None:
