@@ -1,7 +1,7 @@
 """What `glmtrt bench DIR` measures: everything that can run a step of this checkpoint, behind one interface.
 
 A contender is opened, asked for steps of certain shapes, and closed before the next one. Its step leaves its cache as
-it found it, so that each sample measures the same.
+it found it, or a token longer, so that each sample measures the same.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,16 @@ class Contender(ABC):
     load_seconds: float = 0.0
 
     def prepare(self) -> None:
-        """To be done before each run of the last step that was asked for, outside of what is measured."""
+        """To be done before runs of the last step that was asked for, outside of what is measured."""
         return
 
     @abstractmethod
     def step(self, batch: int, length: int, past: int) -> Step:
         """One step of these shapes, ready to be run again and again. WorkbookError: it does not take them."""
 
-    def milliseconds(self, step: Step) -> float:
-        """What one run of the step takes."""
-        started = time.perf_counter()
-        step()
-        return 1000 * (time.perf_counter() - started)
+    def times(self, step: Step, count: int) -> list[float]:
+        """Milliseconds of so many runs, one behind the other: a GPU is told of the next while one is under way."""
+        return host_times(step, count)
 
     def plans(self) -> list[Path]:
         """The engines that it runs."""
@@ -70,6 +69,15 @@ class Contender(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+
+def host_times(step: Step, count: int) -> list[float]:
+    """By the host's clock."""
+    moments = [time.perf_counter()]
+    for _ in range(count):
+        step()
+        moments.append(time.perf_counter())
+    return [1000 * (later - sooner) for sooner, later in pairwise(moments)]
 
 
 class TorchEager(Contender):
@@ -99,22 +107,23 @@ class TorchEager(Contender):
 
         return run
 
-    def milliseconds(self, step: Step) -> float:
-        return torch_milliseconds(step) if self.device == "cuda" else super().milliseconds(step)
+    def times(self, step: Step, count: int) -> list[float]:
+        return (torch_times if self.device == "cuda" else host_times)(step, count)
 
     def close(self) -> None:
         self.model = None
         free_torch()
 
 
-def torch_milliseconds(step: Step) -> float:
-    """Between two events in PyTorch's stream."""
-    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    step()
-    second.record()
-    second.synchronize()
-    return float(first.elapsed_time(second))
+def torch_times(step: Step, count: int) -> list[float]:
+    """Between events in PyTorch's stream."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    events[-1].synchronize()
+    return [float(first.elapsed_time(second)) for first, second in pairwise(events)]
 
 
 def free_torch() -> None:
@@ -154,8 +163,8 @@ class TorchGraph(Contender):
             run()
         return graph.replay
 
-    def milliseconds(self, step: Step) -> float:
-        return torch_milliseconds(step)
+    def times(self, step: Step, count: int) -> list[float]:
+        return torch_times(step, count)
 
     def close(self) -> None:
         self.model = None
@@ -212,20 +221,21 @@ class _OnTensorRT(Contender):
         before, started = cuda.free_memory() if packages.gpus() else 0, time.perf_counter()
         self.session = runtime.open_session(checkpoint, "tensorrt", dtype, fast=self.name == "fast")
         self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_memory()
-        self._events = cuda.new_event(), cuda.new_event()
 
-    def milliseconds(self, step: Step) -> float:
-        first, second = self._events
+    def times(self, step: Step, count: int) -> list[float]:
+        events = [cuda.new_event() for _ in range(count + 1)]
         self.prepare()
-        cuda.mark(first, self.session.stream)
-        step()
-        cuda.mark(second, self.session.stream)
-        cuda.wait(second)
-        return cuda.elapsed_ms(first, second)
+        cuda.mark(events[0], self.session.stream)
+        for event in events[1:]:
+            step()
+            cuda.mark(event, self.session.stream)
+        cuda.wait(events[-1])
+        taken = [cuda.elapsed_ms(first, second) for first, second in pairwise(events)]
+        for event in events:
+            cuda.destroy_event(event)
+        return taken
 
     def close(self) -> None:
-        for event in self._events:
-            cuda.destroy_event(event)
         self.session.close()
 
 
@@ -249,7 +259,10 @@ class Fast(_OnTensorRT):
     _at = (1, 0)
 
     def prepare(self) -> None:
-        self.session.pretend(*self._at)  # a step leaves its tokens in the cache
+        self.session.pretend(*self._at)
+
+    def times(self, step: Step, count: int) -> list[float]:
+        return super().times(step, min(count, self.session.limits.total - self._at[1]))  # each leaves a token there
 
     def plans(self) -> list[Path]:
         return [part_path(self.checkpoint, self.dtype, part, "plan") for part in PARTS]

@@ -87,15 +87,16 @@ def read_mask(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np
             f"the mask covers {seen.shape[2]} tokens, where {past} lie in the cache and {seen.shape[1]} are new: give "
             "it a column for each of both."
         )
-    index = np.arange(seen.shape[-1])
-    skip = seen[:, -1].argmax(axis=-1)  # the last token sees all but padding
-    first = np.maximum(skip, past)  # the first new token that is none, and how far it sees
-    context = skip + np.take_along_axis(seen, (first - past)[:, None, None], axis=1)[:, 0].sum(axis=-1)
-    rows = index[past:, None]
-    wanted = (index < context[:, None, None]) | (index <= rows)
-    wanted &= index >= skip[:, None, None]
-    told = rows >= skip[:, None, None]  # what padding sees means nothing
-    if ((seen != wanted) & told).any() or (past and ((skip > past) | (context > past + 1)).any()):
+    # What a row sees is one piece: where it begins and ends, and how much it is, are quicker found than compared.
+    begin, end = seen.argmax(axis=-1), seen.shape[-1] - seen[..., ::-1].argmax(axis=-1)
+    skip = begin[:, -1]  # the last token sees all but padding
+    first = np.maximum(skip - past, 0)  # the first new token that is none, and how far it sees
+    context = np.take_along_axis(end, first[:, None], axis=1)[:, 0]
+    rows = np.arange(past, seen.shape[-1])
+    ends = np.maximum(context[:, None], rows + 1)
+    right = (begin == skip[:, None]) & (end == ends) & (np.count_nonzero(seen, axis=-1) == ends - skip[:, None])
+    right |= rows < skip[:, None]  # what padding sees means nothing
+    if not right.all() or (past and ((skip > past) | (context > past + 1)).any()):
         raise WorkbookError(
             "the fast decoder takes masks of a chat: padding at the left, tokens of a prompt that see one another, "
             "then tokens that see what came before them. This mask is another: take the classical decoder."

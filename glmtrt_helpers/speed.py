@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from glmtrt_helpers import bench, packages, plans, traces
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.configs import expected_shapes
-from glmtrt_helpers.contenders import Contender, Step, contenders, free_torch, torch_milliseconds
+from glmtrt_helpers.contenders import Contender, Step, contenders, free_torch, host_times, torch_times
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
 from glmtrt_helpers.profiles import engine_weights
@@ -29,6 +28,7 @@ from glmtrt_helpers.profiles import engine_weights
 PASTS, PROMPTS, BATCHES = (128, 512, 1024, 2000), (128, 512, 1024), (8, 32, 64, 128)
 BATCH_PAST = 512  # the past at which batches are compared
 SAMPLES, WARM_UP = 30, 5
+TOGETHER = 5  # decode steps that are sent one behind the other, as a decoder that feeds itself does; prompts come alone
 # On a CPU a step of a large model takes seconds: there a measurement ends once it has a few samples.
 SECONDS, FEWEST = 10.0, 3
 
@@ -89,16 +89,10 @@ def measure_hardware() -> tuple[float, float]:
     source = torch.ones(2**29 if on_gpu else 2**26, dtype=kind, device=device)
     target = torch.empty_like(source)
     left, right = torch.ones(side, side, dtype=kind, device=device), torch.ones(side, side, dtype=kind, device=device)
-    timed = torch_milliseconds if on_gpu else _milliseconds
-    copied = min(timed(lambda: target.copy_(source)) for _ in range(10))
-    multiplied = min(timed(lambda: left @ right) for _ in range(10))
+    timed = torch_times if on_gpu else host_times
+    copied = min(timed(lambda: target.copy_(source), 1)[0] for _ in range(10))
+    multiplied = min(timed(lambda: left @ right, 1)[0] for _ in range(10))
     return 2 * source.nbytes / copied / 1e6, 2 * side**3 / multiplied / 1e9
-
-
-def _milliseconds(step: Step) -> float:
-    started = time.perf_counter()
-    step()
-    return 1000 * (time.perf_counter() - started)
 
 
 def weight_products(checkpoint: Checkpoint, phase: str, batch: int, past: int) -> int:
@@ -119,15 +113,24 @@ def floor_ms(checkpoint: Checkpoint, report: Report, phase: str, batch: int, pas
     return max(read, weight_products(checkpoint, phase, batch, past) / report.matrix_tflop_s / 1e9)
 
 
-def sample(contender: Contender, step: Step, samples: int) -> list[float]:
-    """Milliseconds of each run, warmed up; on a CPU fewer than asked for where a step takes long."""
-    bounded = not packages.gpus()
+def sample(contender: Contender, step: Step, samples: int, together: int = 1) -> list[float]:
+    """Milliseconds of each run, warmed up; `together` are sent to a GPU at a time.
+
+    On a CPU fewer than asked for where a step takes long.
+    """
     taken: list[float] = []
+    if packages.gpus():
+        warm = 0
+        while warm < WARM_UP:
+            warm += len(contender.times(step, together))
+        while len(taken) < samples:
+            taken += contender.times(step, together)
+        return taken[:samples]
     for number in range(WARM_UP + samples):
-        took = contender.milliseconds(step)
-        if number >= WARM_UP or (bounded and took > 1000 * SECONDS / FEWEST):
+        took = contender.times(step, 1)[0]
+        if number >= WARM_UP or took > 1000 * SECONDS / FEWEST:
             taken.append(took)
-        if len(taken) == samples or (bounded and len(taken) >= FEWEST and sum(taken) > 1000 * SECONDS):
+        if len(taken) == samples or (len(taken) >= FEWEST and sum(taken) > 1000 * SECONDS):
             break
     return taken
 
@@ -198,7 +201,7 @@ def _measure_one(
         length = 1 if phase == "decode" else past
         try:
             step = contender.step(batch, length, past if phase == "decode" else 0)
-            taken = sample(contender, step, samples)
+            taken = sample(contender, step, samples, TOGETHER if phase == "decode" else 1)
             if (phase, batch, past) in traced and contender.name in ENGINES:
                 report.traces.append(_trace(contender, step, (phase, batch, past)))
         except WorkbookError as error:
