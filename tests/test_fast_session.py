@@ -55,9 +55,9 @@ def test_a_mask_says_what_is_padding_and_what_sees_what(checkpoint: Checkpoint) 
     longer = feeds.prefill(checkpoint, [[*prompt, 7, 8, 9] for prompt in prompts])
     longer["attention_mask"][0, 0, 0] = False
     assert [part.tolist() for part in fast_session.read_mask(longer, 0)] == [padding, [length - 1] * 2]
-    for row, column in ((1, 2), (length, 3), (length, length + 1)):
+    for row, columns in ((1, [2]), (length, [3]), (length, [length + 1]), (length, [3, length + 1])):
         wrong = {name: array.copy() for name, array in longer.items()}
-        wrong["attention_mask"][1, 0, row, column] ^= True
+        wrong["attention_mask"][1, 0, row, columns] ^= True
         with pytest.raises(WorkbookError, match=r"takes masks of a chat: padding .* take the classical decoder"):
             fast_session.read_mask(wrong, 0)
     hole = feeds.decode(call, np.array([7, 8]))
