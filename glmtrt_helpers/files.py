@@ -16,8 +16,12 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
 def cli_options(path: Path) -> str:
     """What `glmtrt export` and `glmtrt build` want to be told to make this graph or engine, as in " --fast"."""
-    parts = path.name.split(".")
-    return " --dtype fp32" * ("fp32" in parts) + " --fast" * ("fast" in parts)
+    return " --dtype fp32" * ("fp32" in path.name.split(".")) + " --fast" * is_part(path)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a graph or an engine is a part of the fast decoder, as in model.fp16.fast.middle.onnx."""
+    return "fast" in path.name.split(".")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Everything here reads the graph only; the weights, which lie in the checkpoint's
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.configs import expected_shapes
 from glmtrt_helpers.drawing import draw_attention
 from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.files import is_part
 from glmtrt_helpers.scopes import DATA, GraphIndex, load_graph
 
 # The axes of every tensor at the graph's edge that a chat moves, by the start of the tensor's name (notebook 01);
@@ -125,10 +127,7 @@ def _is_weight(tensor: onnx.TensorProto) -> bool:
 
 
 def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
+    return math.prod(tensor.dims)
 
 
 def _location(tensor: onnx.TensorProto) -> tuple[str, int, int]:
@@ -204,29 +203,29 @@ def problems(onnx_path: str | Path, checkpoint: Checkpoint | None = None) -> lis
     """What will fail later, a sentence each; an empty list is a clean bill. Raises as `summarize` does.
 
     checkpoint: what the graph was exported from; without one its weights are not compared and the number of layers is
-    what the graph's outputs say.
+    what the graph's outputs say. A part of the fast decoder is not expected to have the whole one's inputs and outputs.
     """
     path = Path(onnx_path)
     model = load_graph(path)
     check_weights(path, model)
-    outputs = {value.name for value in model.graph.output}
-    layers = checkpoint.num_layers if checkpoint else sum(name.endswith(".key") for name in outputs)
-    found = [
-        f"axis {pin.axis} of {pin.tensor} ({pin.meaning}) is pinned to {pin.size}: export with a larger example and "
-        "a dynamic dimension there."
-        for pin in pinned_dimensions(model)
-    ]
+    layers = checkpoint.num_layers if checkpoint else sum(v.name.endswith(".key") for v in model.graph.output)
+    found = [] if is_part(path) else list(_missing_or_pinned(model, layers))
     found += [f"input {name} is declared, but its values reach no output." for name in dead_inputs(model)]
-    expected = len(inputs.input_names(layers)) + len(inputs.output_names(layers))
-    found += [
-        f"input {name} is missing ({len(_true_inputs(model)) + len(outputs)} tensors instead of {expected}): it was "
-        "traced away."
-        for name in missing_inputs(model, layers)
-    ]
-    found += [f"output {name} is missing." for name in inputs.output_names(layers) if name not in outputs]
     found += list(_refused_operators(model))
     found += list(_misplaced_weights(model, checkpoint)) if checkpoint else []
     return found
+
+
+def _missing_or_pinned(model: onnx.ModelProto, layers: int) -> Iterator[str]:
+    for pin in pinned_dimensions(model):
+        where = f"axis {pin.axis} of {pin.tensor} ({pin.meaning})"
+        yield f"{where} is pinned to {pin.size}: export with a larger example and a dynamic dimension there."
+    outputs = {value.name for value in model.graph.output}
+    expected = len(inputs.input_names(layers)) + len(inputs.output_names(layers))
+    tensors = f"{len(_true_inputs(model)) + len(outputs)} tensors instead of {expected}"
+    for name in missing_inputs(model, layers):
+        yield f"input {name} is missing ({tensors}): it was traced away."
+    yield from (f"output {name} is missing." for name in inputs.output_names(layers) if name not in outputs)
 
 
 def _refused_operators(model: onnx.ModelProto) -> Iterator[str]:

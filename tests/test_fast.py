@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 from exporting import exported_copy
 
-from glmtrt_helpers import checkpoints, configs, export, fast, feeds, plans, profiles, runtime, verification
+from glmtrt_helpers import checkpoints, configs, export, fast, feeds, graphs, plans, profiles, runtime, verification
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.fast_session import PARTS, FastOrtSession, part_path, weight_names
@@ -88,6 +88,17 @@ def test_every_answer_of_the_corpus_token_for_token(walked: Checkpoint, dtype: s
         prompt = feeds.chat_prompt(tokenizer, example.question, example.history)
         answer = runtime.greedy(session, walked, prompt, max_length=len(prompt) + len(example.answer) + 8)
         assert tokenizer.decode(answer) == example.answer
+
+
+def test_inspect_finds_nothing_in_a_part_but_what_is_there(walked: Checkpoint, tmp_path: Path) -> None:
+    for part in PARTS:
+        assert not graphs.problems(part_path(walked, "fp16", part))
+    model = load(walked, "middle")
+    model.graph.input.append(onnx.helper.make_tensor_value_info("idle", onnx.TensorProto.FLOAT, [1]))
+    onnx.save(model, tmp_path / "model.fp16.fast.middle.onnx")
+    assert graphs.problems(tmp_path / "model.fp16.fast.middle.onnx") == [
+        "input idle is declared, but its values reach no output."
+    ]
 
 
 def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:
