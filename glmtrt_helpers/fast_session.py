@@ -87,7 +87,7 @@ def read_mask(call: Mapping[str, np.ndarray], past: int) -> tuple[np.ndarray, np
             f"the mask covers {seen.shape[2]} tokens, where {past} lie in the cache and {seen.shape[1]} are new: give "
             "it a column for each of both."
         )
-    # What a row sees is one piece: where it begins and ends, and how much it is, are quicker found than compared.
+    # What a row sees is one piece; where it begins and ends and its size say that, quicker than a second mask would.
     begin, end = seen.argmax(axis=-1), seen.shape[-1] - seen[..., ::-1].argmax(axis=-1)
     skip = begin[:, -1]  # the last token sees all but padding
     first = np.maximum(skip - past, 0)  # the first new token that is none, and how far it sees
