@@ -6,11 +6,9 @@
 // query, key and value: its bias and the rotary embedding are added here, and the block that has the new token's place in
 // the cache writes key and value there. Nothing else of the cache ever moves.
 //
-// Compiled with -DD=<head size> and, in fp16, -DHALF. Products and sums are made in fp32.
+// Compiled with -DD=<head size> and, in fp16, -DHALF; -DTHREADS=<of a block>, -DTOKENS=<of a round of a block> and
+// -DMOST=<blocks of a head>, as `kernels.defines` has them. Products and sums are made in fp32.
 
-#define THREADS 128
-#define TOKENS 32                 // of a round of a block
-#define MOST 128                  // blocks of a head
 #define VEC (16 / (int)sizeof(T)) // numbers of one load
 #define LANES (D / VEC)           // threads that share a row of D numbers
 #define GROUPS (THREADS / LANES)  // rows that a block reads at once

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 
@@ -99,7 +99,7 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
             self._digest = hashlib.sha256()
             self._thread = ThreadPoolExecutor(1)
             self._disk = ThreadPoolExecutor(1)
-            self._synced: Future[None] | None = None
+            self._synced = self._disk.submit(self._sync)
 
         def write(self, data: bytes) -> int:
             if not self.written:
@@ -109,23 +109,27 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
                 stream.write(data)
                 stream.flush()  # or a full disk would show only when the file is closed
             except OSError as error:
-                self.error = error
+                self.error = self.error or error
                 return 0
             finally:
                 hashed.result()
             self.written += len(data)
-            if self._synced is None or self._synced.done():
-                self._synced = self._disk.submit(os.fdatasync, stream.fileno())
+            if self._synced.done():
+                self._synced = self._disk.submit(self._sync)
             progress(self.written)
-            return len(data)
+            return 0 if self.error else len(data)
+
+        def _sync(self) -> None:
+            # The system tells of a write that failed on its way to the disk once: nobody would hear of it later.
+            try:
+                os.fdatasync(stream.fileno())
+            except OSError as error:
+                self.error = self.error or error
 
         def settle(self) -> None:
             """Wait for what still works on the file: to be called before it is closed."""
             self._thread.shutdown()
             self._disk.shutdown()
-            failed = self._synced.exception() if self._synced else None
-            if isinstance(failed, OSError):
-                self.error = self.error or failed
 
         def hexdigest(self) -> str:
             return self._digest.hexdigest()

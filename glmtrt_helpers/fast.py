@@ -198,8 +198,6 @@ class PromptAttention(nn.Module):
         return seen.transpose(1, 2).reshape(*mixed.shape[:2], -1), key, value
 
 
-STREAM = ("stream", "mixed")
-CHOICES = ("next_token", "logits")
 TAKES = {
     "first": ("input_ids", "position_ids"),
     "middle": ("stream", "seen"),
@@ -207,9 +205,9 @@ TAKES = {
     "attention": ("mixed", "cos", "sin"),
 }  # beside its weights
 GIVES = {
-    "first": ("cos", "sin", *STREAM),
+    "first": ("cos", "sin", "stream", "mixed"),
     "middle": ("next_stream", "mixed"),
-    "last": CHOICES,
+    "last": ("next_token", "logits"),
     "attention": ("seen", "key", "value"),
 }
 

@@ -13,7 +13,7 @@ from cuda.bindings import driver, nvrtc
 from glmtrt_helpers.errors import WorkbookError
 
 SOURCE = Path(__file__).parent / "attend.cu"
-THREADS, TOKENS, MOST = 128, 32, 128  # as the source has them
+THREADS, TOKENS, MOST = 128, 32, 128  # of a block, of a round of a block, blocks of a head
 ENOUGH = 512  # blocks
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -56,10 +56,15 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def defines(head_size: int, dtype: np.dtype) -> list[str]:
+    """What the source is compiled with, by whatever compiler."""
+    sizes = {"D": head_size, "THREADS": THREADS, "TOKENS": TOKENS, "MOST": MOST}
+    return [f"-D{name}={size}" for name, size in sizes.items()] + ["-DHALF"] * (dtype == np.float16)
+
+
 def compile_source(capability: tuple[int, int], head_size: int, dtype: np.dtype) -> bytes:
     """Machine code for a compute capability. Needs NVRTC, but no GPU."""
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", f"-DD={head_size}"]
-    options += ["-DHALF"] * (dtype == np.float16)
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *defines(head_size, dtype)]
     try:
         program = _check(
             nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"attend.cu", 0, [], []), "begin to compile attend.cu"

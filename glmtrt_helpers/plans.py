@@ -17,7 +17,7 @@ from typing import Any
 from glmtrt_helpers import packages
 from glmtrt_helpers.checkpoints import Checkpoint, code_sha256
 from glmtrt_helpers.errors import WorkbookError
-from glmtrt_helpers.files import cli_options, replacing
+from glmtrt_helpers.files import cli_options, is_part, replacing
 from glmtrt_helpers.profiles import Profile
 
 FORMAT = 1
@@ -104,7 +104,7 @@ def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:
     No GPU is looked for, and nothing of TensorRT is loaded.
     """
     info = read_info(plan)
-    fast = " --fast" if ".fast." in info.onnx else ""
+    fast = " --fast" if is_part(plan) else ""
     again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}{fast}`"
     size = plan.stat().st_size
     if size != info.plan_bytes:

@@ -56,9 +56,7 @@ def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> N
 def name_dimensions(model: ir.Model) -> None:
     """Give the symbols of dynamo (s18, s17 + s22, ...) the names a reader expects, everywhere in the graph."""
     shapes = {value.name: value.shape for value in model.graph.inputs}
-    # The parts of the fast decoder come without ids; among new tokens alone, the mask is sequence by sequence.
-    places = [("batch", "input_ids", 0), ("batch", "stream", 0), ("batch", "query", 0), ("sequence", "input_ids", 1),
-              ("sequence", "stream", 1), ("sequence", "query", 2), ("past", "past_key_values.0.key", 0),
+    places = [("batch", "input_ids", 0), ("sequence", "input_ids", 1), ("past", "past_key_values.0.key", 0),
               ("total", "attention_mask", 3)]  # fmt: skip
     names: dict[str, str] = {}
     for dimension, name, axis in places:

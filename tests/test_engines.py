@@ -1,5 +1,6 @@
 """Building an engine without a GPU: what it writes, what it reads, and what happens when it cannot."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -151,6 +152,33 @@ def test_a_disk_that_fills_during_the_build(small_disk: Path, monkeypatch: pytes
     assert sorted(path.name for path in small_disk.iterdir()) == before
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk.parent)], check=True)
     assert plans.open_plan(opened, engines.build_engine(opened, "fp16").plan), "with room, a rerun succeeds"
+
+
+def test_a_disk_that_tells_of_its_failure_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written reaches the disk during the build; an error on the way there comes once, and counts."""
+    before = sorted(path.name for path in checkpoint.directory.iterdir())
+    real, calls = os.fdatasync, itertools.count()
+
+    def fail_once(file: int) -> None:
+        if next(calls) == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(file)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    with pytest.raises(WorkbookError, match=r"model.fp16.plan could not be written \(Input/output error\)"):
+        engines.build_engine(checkpoint, "fp16")
+    assert next(calls) > 1 and sorted(path.name for path in checkpoint.directory.iterdir()) == before
+    assert plans.open_plan(checkpoint, engines.build_engine(checkpoint, "fp16").plan), "a rerun succeeds"
+
+
+def test_a_build_goes_without_pytorch(checkpoint: Checkpoint) -> None:
+    """Its import would take longer than the rest of the command's."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from glmtrt_helpers import cli; sys.argv = ['glmtrt', 'build', {str(checkpoint.directory)!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and plans.plan_path(checkpoint, "fp16").exists(), done.stderr
 
 
 def run_build(directory: Path, body: str) -> subprocess.Popen[bytes]:

@@ -65,7 +65,7 @@ def wanted(given: Given) -> np.ndarray:
 def check(given: Given, run: Callable[[Given], None], dtype: np.dtype) -> None:
     right, before = wanted(given), {name: given[name].copy() for name in ("keys", "values")}
     run(given)
-    assert np.abs(given["seen"] - right).max() < (4e-3 if dtype == np.float16 else 1e-5)
+    assert np.abs(given["seen"] - right).max() < (2e-3 if dtype == np.float16 else 1e-5)
     _, key, value = new_rows(given)
     for name, new in (("keys", key), ("values", value)):
         for row, place in enumerate(given["places"]):
@@ -86,8 +86,9 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         half, room = given["seen"].dtype == np.float16, given["keys"].shape[1]
         if (size, half) not in built:
             target = folder / f"attend{size}{half}.so"
-            options = [f"-DD={size}", *["-DHALF"] * half, f"-I{kernels.SOURCE.parent}", "-std=c++20", "-O1", "-pthread"]
-            command = [compiler, *options, "-w", "-shared", "-fPIC", "-o", str(target), str(HERE / "attend_on_cpu.cpp")]
+            options = [*kernels.defines(size, given["seen"].dtype), "-std=c++20", "-O1", "-pthread", "-w"]
+            options += [f"-I{kernels.SOURCE.parent}", "-shared", "-fPIC", "-o", str(target)]
+            command = [compiler, *options, str(HERE / "attend_on_cpu.cpp")]
             subprocess.run(command, check=True)
             built[size, half] = ctypes.CDLL(str(target)).run
         tokens = int(given["places"].max()) + 1
