@@ -222,6 +222,7 @@ def build(
     hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="full tensorrt only")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="full tensorrt only")] = False,
     tf32: Annotated[bool, typer.Option(help="let fp32 products round their inputs")] = True,
+    fp16_sums: Annotated[bool, typer.Option("--fp16-sums", help="let fp16 products sum in fp16, too")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
 ) -> None:
     """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
@@ -232,7 +233,9 @@ def build(
     checkpoint = checkpoints.open_checkpoint(directory)
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
     ranges = [Range.parse(text, what) if text else None for what, text in texts.items()]
-    options = engines.BuildOptions(tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32)
+    options = engines.BuildOptions(
+        tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32, fp16_sums
+    )
     boxes = chat_profiles(checkpoint, *ranges)
     with phase_bars() as progress:
         if fast:

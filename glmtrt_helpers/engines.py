@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from glmtrt_helpers import packages, plans
+from glmtrt_helpers import packages, plans, products
 from glmtrt_helpers.callbacks import interruptible, make_log, make_monitor, make_writer
 from glmtrt_helpers.checkpoints import Checkpoint, code_sha256
 from glmtrt_helpers.errors import WorkbookError
@@ -41,6 +41,7 @@ class BuildOptions:
     hardware_compatible: the plan runs on every GPU from Ampere on; the full tensorrt only, tensorrt-rtx's plans do.
     version_compatible: later releases load the plan, too; the full tensorrt only.
     tf32: products of fp32 numbers may round their inputs to ten bits; exact products are slower.
+    fp16_sums: products of fp16 numbers may be summed up in fp16 (`products`): less exact, and on some cards faster.
     """
 
     targets: Sequence[str] = ()
@@ -48,10 +49,11 @@ class BuildOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     tf32: bool = True
+    fp16_sums: bool = False
 
     def names(self) -> list[str]:
         """As they are written into the JSON."""
-        chosen = [name for name in ("weight_streaming", "hardware_compatible", "version_compatible")
+        chosen = [name for name in ("weight_streaming", "hardware_compatible", "version_compatible", "fp16_sums")
                   if getattr(self, name)]  # fmt: skip
         return [name.replace("_", "-") for name in chosen] + ([] if self.tf32 else ["no-tf32"])
 
@@ -99,6 +101,8 @@ def build_engine(
     builder = trt.Builder(log)
     progress(f"Parsing {source.name}", 0, 1)
     network, parser = _parse(trt, builder, log, source)
+    if not options.fp16_sums:
+        products.round_once(trt, network)
     progress(f"Parsing {source.name}", 1, 1)
     config = builder.create_builder_config()
     monitor = make_monitor(trt, progress)
