@@ -65,7 +65,7 @@ def wanted(given: Given) -> np.ndarray:
 def check(given: Given, run: Callable[[Given], None], dtype: np.dtype) -> None:
     right, before = wanted(given), {name: given[name].copy() for name in ("keys", "values")}
     run(given)
-    assert np.abs(given["seen"] - right).max() < (2e-3 if dtype == np.float16 else 1e-5)
+    assert np.abs(given["seen"] - right).max() < (4e-3 if dtype == np.float16 else 1e-5)
     _, key, value = new_rows(given)
     for name, new in (("keys", key), ("values", value)):
         for row, place in enumerate(given["places"]):
