@@ -47,8 +47,8 @@ def round_once(trt: Any, network: Any) -> int:
 
 
 def sums(plan: Path) -> Counter[str]:
-    """How a plan's products are summed: "fp32", or "as TensorRT likes". tensorrt-rtx alone writes it legibly."""
-    kinds = {b"0": "as TensorRT likes", b"2": "fp32"}
+    """How many of a plan's products are summed in what. tensorrt-rtx writes it legibly, the full tensorrt does not."""
+    kinds = {b"0": "as TensorRT likes", b"2": "in fp32"}
     with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         found = re.findall(rb"accumulation_type=(\d)", text)
     return Counter(kinds.get(kind, kind.decode()) for kind in found)
