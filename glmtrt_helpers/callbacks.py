@@ -5,7 +5,6 @@ them into TensorRT: it is kept, and raised by whoever called TensorRT.
 """
 
 import contextlib
-import hashlib
 import os
 import signal
 import threading
@@ -13,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
+
+from blake3 import blake3
 
 
 def make_log(trt: Any) -> Any:
@@ -87,8 +88,8 @@ def interruptible(monitor: Any) -> Iterator[None]:
 def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) -> Any:
     """A stream writer over an open file that tells how many bytes it has; keeps the error of a write that failed.
 
-    SHA-256 of 12 GB takes some ten seconds, so each piece (of at most 64 MB) is hashed while it is written; and what is
-    written goes on to the disk while the builder makes more, not all at once when it is done.
+    Pieces, of at most 64 MB, are hashed as they come. What is written goes on to the disk while the builder makes more,
+    not all at once when it is done.
     """
 
     class Writer(trt.IStreamWriter):
@@ -96,23 +97,20 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
             trt.IStreamWriter.__init__(self)
             self.written = 0
             self.error: OSError | None = None
-            self._digest = hashlib.sha256()
-            self._thread = ThreadPoolExecutor(1)
+            self._digest = blake3(max_threads=blake3.AUTO)
             self._disk = ThreadPoolExecutor(1)
             self._synced = self._disk.submit(self._sync)
 
         def write(self, data: bytes) -> int:
             if not self.written:
                 progress(0)
-            hashed = self._thread.submit(self._digest.update, data)
+            self._digest.update(data)
             try:
                 stream.write(data)
                 stream.flush()  # or a full disk would show only when the file is closed
             except OSError as error:
                 self.error = self.error or error
                 return 0
-            finally:
-                hashed.result()
             self.written += len(data)
             if self._synced.done():
                 self._synced = self._disk.submit(self._sync)
@@ -128,7 +126,6 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
 
         def settle(self) -> None:
             """Wait for what still works on the file: to be called before it is closed."""
-            self._thread.shutdown()
             self._disk.shutdown()
 
         def hexdigest(self) -> str:

@@ -128,7 +128,7 @@ def build_engine(
             written(writer.written, last=True)
         info = PlanInfo(
             chosen.name, chosen.version, list(options.targets), options.names(), dtype, profiles,
-            _tensors(network, shapes), source.name, plans.file_sha256(source), code_sha256(checkpoint.code),
+            _tensors(network, shapes), source.name, plans.file_blake3(source), code_sha256(checkpoint.code),
             plans.weights_sha256(checkpoint), writer.written, writer.hexdigest(),
             round(time.perf_counter() - started, 2),
         )  # fmt: skip

@@ -33,7 +33,7 @@ def test_a_real_engine_with_two_profiles(checkpoint: Checkpoint, dtype: str) -> 
     report = engines.build_engine(checkpoint, dtype, boxes, progress=lambda *step: steps.append(step))
     assert report.plan == checkpoint.directory / f"model.{dtype}.plan"
     assert report.plan.stat().st_size == report.info.plan_bytes > checkpoint.weight_bytes
-    assert plans.file_sha256(report.plan) == report.info.plan_sha256
+    assert plans.file_blake3(report.plan) == report.info.plan_blake3
     assert plans.open_plan(checkpoint, report.plan) == report.info and report.info.profiles == boxes
     assert {p.name for p in checkpoint.directory.iterdir()} - before == {report.plan.name, report.plan.name + ".json"}
     # Progress came from TensorRT: phases with their steps, each in order and to its end.
