@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from glmtrt_helpers import cli_bench
+from glmtrt_helpers import cli_bench, hugepages
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.progress import bytes_bar, phase_bars, say
 
@@ -226,6 +226,7 @@ def build(
     fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
 ) -> None:
     """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
+    hugepages.restart()
     from glmtrt_helpers import checkpoints, engines, plans
     from glmtrt_helpers.pictures import print_table
     from glmtrt_helpers.profiles import Range, chat_profiles

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from glmtrt_helpers import checkpoints, engines, export, packages, patches, pictures
+from glmtrt_helpers import checkpoints, engines, export, hugepages, packages, patches, pictures
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import replacing
@@ -136,7 +136,7 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, talk: bool = T
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        client.execute(env={**os.environ, "PYTHONHASHSEED": "0"})
+        client.execute(env={**hugepages.environment(), "PYTHONHASHSEED": "0"})
     except CellExecutionError as error:
         raise WorkbookError(f"{notebook.name} failed: {error.ename}: {error.evalue}; see {output}.") from error
     finally:
