@@ -1,5 +1,6 @@
 """Notebook 03's helper: the graph, its weights in the shards, its numbers, what it refuses, and a killed export."""
 
+import gc
 import os
 import shutil
 import signal
@@ -176,10 +177,12 @@ def test_a_source_the_exporter_cannot_follow_is_one_sentence(tiny_random: Path) 
     line = "        hidden_states = inputs_embeds.transpose(0, 1)"
     assert line in source
     checkpoint.code.write_text(source.replace(line, "        print(input_ids.sum().item() > 3 and 1 or 2)\n" + line))
+    usual = gc.get_threshold()
     with pytest.raises(
         WorkbookError, match=r"dynamo exporter cannot follow this source \(GuardOnDataDependent"
     ) as caught:
         export.export_model(checkpoint, "fp32")
+    assert gc.get_threshold() == usual
     assert "\n" not in str(caught.value) and not list(tiny_random.glob("*.onnx"))
 
 
