@@ -36,7 +36,7 @@ def report(directory: Path | None = None) -> list[tuple[str, str, str]]:
         if release:
             rows.append((package, release, verdict(package, release, cards[0] if cards else None)[1]))
         elif package == "tensorrt-rtx":
-            rows.append((package, "not installed", "notebooks 02 to 06 want it: make test or pip install -e ."))
+            rows.append((package, "not installed", "notebooks 02 to 07 want it: make test or pip install -e ."))
     rows += [(package, version(package) or "not installed", "") for package in ("torch", "transformers", "onnx")]
     rows.append(("ONNX Runtime", version("onnxruntime-gpu") or version("onnxruntime") or "not installed", _providers()))
     return rows

@@ -107,7 +107,8 @@ def verdict(package: str, release: str, gpu: Gpu | None) -> tuple[bool, str]:
         if tuple(int(part) for part in release.split(".")[:2]) < RTX_REFUSES_HOPPER:
             return True, "it builds and runs on Hopper, though NVIDIA does not list it"
         return False, "from 1.7 on it refuses Hopper: install tensorrt-rtx 1.6.1.120 or the full tensorrt"
-    return False, f"NVIDIA does not list compute capability {capability_text(gpu)} for it: install the full tensorrt"
+    instead = ": install the full tensorrt" if gpu.capability >= TENSORRT_OLDEST else ""
+    return False, f"NVIDIA does not list compute capability {capability_text(gpu)} for it{instead}"
 
 
 def capability_text(gpu: Gpu) -> str:

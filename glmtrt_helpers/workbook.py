@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = "models/chatglm_tiny"
 # Set by `make workbook MODEL=...`; a path from the project's folder, or an absolute one.
 MODEL_VARIABLE = "GLMTRT_MODEL"
-SAVED = "Saved result, of the small checkpoint: without a GPU this one would take minutes for each word.\n"
+SAVED = "Saved result, of the small checkpoint: without a GPU this one would take minutes for each answer.\n"
 
 
 def start(*, create: bool = False) -> Checkpoint:
@@ -154,7 +154,7 @@ def run_all(model: str, output: Path) -> None:
     if checkpoint.is_random:
         print(f"{model} holds random weights: for measuring, what it says means nothing.")
     if not talk:
-        print("Cells that generate text show saved results, each marked: without a GPU a word would take minutes.")
+        print("Cells that generate text show saved results, each marked: without a GPU an answer would take minutes.")
     paths = notebooks()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         for number, path in enumerate(paths, 1):

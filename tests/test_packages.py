@@ -50,7 +50,7 @@ def test_choice(
     [
         ({}, [], None, "tensorrt-rtx is not installed; tensorrt is not installed"),
         ({"tensorrt-rtx": "1.7.1.116"}, [HOPPER], None, "refuses Hopper: install tensorrt-rtx 1.6.1.120"),
-        ({"tensorrt-rtx": "1.6.1.120"}, [PASCAL], None, "does not list compute capability 6.1"),
+        ({"tensorrt-rtx": "1.6.1.120"}, [PASCAL], None, "does not list compute capability 6.1 for it)"),
         ({"tensorrt": "10.14.1"}, [], None, "needs a GPU, also to build"),
         ({"tensorrt": "10.14.1"}, [PASCAL], None, "does not support compute capability 6.1"),
         ({"tensorrt-rtx": "1.6.1.120"}, [ADA], "tensorrt", "tensorrt is not installed"),
