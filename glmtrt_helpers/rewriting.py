@@ -12,7 +12,7 @@ from onnxscript.rewriter.rules import common as rules
 from glmtrt_helpers.checkpoints import Checkpoint
 
 # Those of onnxscript's default rules that find something here. `optimize_ir` applies them all, and one that finds
-# nothing, slice_split_rule, walks the whole graph for each node: half of the time of an export.
+# nothing, slice_split_rule, walks the whole graph for each node: two fifths of the time of an export.
 _RULES = (
     rules.mul_by_1_rule,
     rules.collapse_slice_rule,

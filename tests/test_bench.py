@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from glmtrt_helpers import bench, checkpoints, engines, patches
+from glmtrt_helpers import bench, checkpoints, engines, patches, plans
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.standin import sized
 
@@ -29,6 +29,8 @@ def test_memory_of_export_and_build_follows_from_the_weights(middle: Path) -> No
     needed, disk = engines.predict_build(checkpoints.open_checkpoint(middle), "fp16")
     assert build.peak_anonymous < needed < 1.4 * build.peak_anonymous
     assert build.added < disk < 1.3 * build.added
+    checkpoint = checkpoints.open_checkpoint(middle)
+    assert plans.open_plan(checkpoint, plans.plan_path(checkpoint, "fp16")), "hashed in pieces, opened as a whole"
     (again,) = bench.memory(middle, ("build",))
     assert again.added == pytest.approx(build.added, rel=0.01), "from the export that is there, anew"
 
