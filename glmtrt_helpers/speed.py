@@ -236,9 +236,9 @@ def save_traces(path: Path, report: Report, command: str) -> None:
 
 
 def _write(path: Path, command: str, content: dict[str, Any]) -> None:
-    machine = bench.machine()
-    about = {"gpu": machine.pop("gpu"), "driver": packages.driver_version(), "versions": machine.pop("versions")}
-    entry = {**about, "commit": _commit(), "command": command, **machine, **content}
+    here = bench.machine()
+    about = {"gpu": here.pop("gpu"), "driver": packages.driver_version(), "versions": here.pop("versions")}
+    entry = {**about, "commit": _commit(), "command": command, **here, **content}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
