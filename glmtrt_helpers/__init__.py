@@ -1,6 +1,7 @@
-"""Helpers of the workbook: one module for each notebook, in the order the data flows.
+"""The workbook's helpers: a folder a step, in the order of the walk; each imports only what stands before it.
 
-checkpoints (00) -> inputs (01) -> patches (02) -> export (03) -> graphs, verification (04)
+core < checkpoints (00) < inputs (01) < sessions < patches (02) < export (03) < graphs (04) < engines (05) < chat (06)
+< fast (07) < bench < standin < workbook < cli
 """
 
 __version__ = "0.1.0"

@@ -1,1 +1,12 @@
-"""The stand-in checkpoint: corpus, remote-code template and trainer. Nothing else in the project imports this."""
+"""The checkpoints made here: the trained stand-in, and random weights of other sizes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "build": ["make_config", "write_checkpoint"],
+        "random_weights": ["write_random"],
+        "train": ["build_standin", "load_corpus"],
+    },
+)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from glmtrt_helpers.configs import expected_shapes
-from glmtrt_helpers.tokenizer import SPECIAL_TOKENS, complete_model
+from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.checkpoints.remote_code import inv_freq
+from glmtrt_helpers.checkpoints.tokenizer import SPECIAL_TOKENS, complete_model
 
 TEMPLATE = Path(__file__).parent / "template"
 
@@ -96,11 +97,6 @@ def write_files(directory: Path, config: Mapping[str, Any], tokenizer: sentencep
             "tokenizer_class": "ChatGLMTokenizer",
         },
     )
-
-
-def inv_freq(rotary: int) -> torch.Tensor:
-    """What upstream stores for one layer, fp16 (rotary / 2,); rotary: the half of a head that one position turns."""
-    return (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()
 
 
 def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -19,11 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sentencepiece import sentencepiece_model_pb2
 from torch.nn import functional
 
-from glmtrt_helpers import checkpoints, feeds, inputs
-from glmtrt_helpers.checkpoints import Checkpoint
-from glmtrt_helpers.errors import WorkbookError
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.inputs.examples import prompt_inputs
+from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.standin import build
-from glmtrt_helpers.tokenizer import Tokenizer
 
 CORPUS = Path(__file__).parent / "corpus.jsonl"
 MARGIN = 1.0
@@ -36,7 +38,6 @@ _SIZES = {
     "inner_hidden_size": 512,
     "max_sequence_length": 2048,
 }
-
 Rounds = Sequence[tuple[str, str]]
 
 
@@ -88,9 +89,9 @@ def train_tokenizer(examples: Sequence[Example], pieces: int) -> sentencepiece_m
 
 def encode_examples(checkpoint: Checkpoint, examples: Sequence[Example]) -> list[list[int]]:
     """Token ids of prompt, answer and <eop> for each example."""
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     return [
-        feeds.chat_prompt(tokenizer, example.question, example.history) + answer_ids(tokenizer, example.answer)
+        chat_prompt(tokenizer, example.question, example.history) + answer_ids(tokenizer, example.answer)
         for example in examples
     ]
 
@@ -101,7 +102,7 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
 
 
 def _batch(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    flat = inputs.prompt_inputs(checkpoint, sequences, dtype)
+    flat = prompt_inputs(checkpoint, sequences, dtype)
     return {name: tensor for name, tensor in flat.items() if not name.startswith("past")}
 
 
@@ -153,8 +154,8 @@ def build_standin(
     weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"].clone()
     build.write_checkpoint(directory, config, weights, tokenizer)
 
-    checkpoint = checkpoints.open_checkpoint(directory)
-    model: Any = checkpoints.load_model(checkpoint, torch.float32)
+    checkpoint = open_checkpoint(directory)
+    model: Any = loading.load_model(checkpoint, torch.float32)
     model.lm_head.weight = model.transformer.word_embeddings.weight  # equal in upstream's weights, too
     sequences = encode_examples(checkpoint, examples)
     _fit(model, checkpoint, sequences, max_epochs, seed)
@@ -163,7 +164,7 @@ def build_standin(
     build.write_checkpoint(directory, config, weights, tokenizer)
     margins = {}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
-        trained = checkpoints.load_model(checkpoints.open_checkpoint(directory), dtype)
+        trained = loading.load_model(open_checkpoint(directory), dtype)
         margins[name] = lowest_margin(trained, checkpoint, sequences, dtype)
         if margins[name] <= MARGIN:
             raise WorkbookError(

@@ -1,0 +1,146 @@
+"""Notebook 00: open a ChatGLM-6B checkpoint, check it before anything runs, and load it.
+
+A checkpoint is a directory: `config.json`, the remote code, `ice_text.model` and weight shards. `open_checkpoint` reads
+configuration and shard headers only; `load_model` runs the remote code, which stays in that directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glmtrt_helpers.checkpoints import shards
+from glmtrt_helpers.checkpoints.config import RANDOM_KEY, expected_shapes, read_config
+from glmtrt_helpers.checkpoints.shards import StoredTensor
+from glmtrt_helpers.core.errors import WorkbookError
+
+CODE_NAME = "modeling_chatglm.py"
+BACKUP_NAME = CODE_NAME + ".orig"
+# Above this many bytes of weights, fp32 on a laptop goes layer by layer.
+LARGE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint. Sizes follow `config.json`; `tensors` maps state-dict names to where their bytes lie."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def code(self) -> Path:
+        return self.directory / CODE_NAME
+
+    @property
+    def pristine_code(self) -> Path:
+        """The source as it came: the backup that patching keeps, or the source itself where nothing was patched."""
+        backup = self.directory / BACKUP_NAME
+        return backup if backup.exists() else self.code
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+    @property
+    def max_length(self) -> int:
+        return int(self.config.get("max_sequence_length", 2048))
+
+    def first_layers(self, count: int) -> Checkpoint:
+        """The same checkpoint as a model of only its first layers: to compare at full width without full memory."""
+        return replace(self, config={**self.config, "num_layers": min(count, self.num_layers)})
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_large(self) -> bool:
+        return self.weight_bytes > LARGE_BYTES
+
+    @property
+    def is_random(self) -> bool:
+        """Written by `glmtrt standin --size`: good for measuring, and what it says means nothing."""
+        return bool(self.config.get(RANDOM_KEY))
+
+    @property
+    def is_safetensors(self) -> bool:
+        return all(tensor.offset is not None for tensor in self.tensors.values())
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Check a directory and describe it. Reads no weights and runs no code.
+
+    Raises WorkbookError, naming the file, for: no such directory, a missing or broken file, another model family, a
+    quantised or P-tuned checkpoint, an absent or truncated shard, an absent tensor, a tensor of the wrong shape.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise WorkbookError(f"{directory} is not a directory: give the folder that holds the checkpoint's config.json.")
+    config = read_config(directory / "config.json")
+    if not (directory / CODE_NAME).exists():
+        raise WorkbookError(
+            f"{directory / CODE_NAME} is missing: it comes with the checkpoint and defines the model, copy it there."
+        )
+    tensors = shards.locate_tensors(directory)
+    _check_shapes(directory, config, tensors)
+    return Checkpoint(directory, config, tensors)
+
+
+def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    for name, shape in expected_shapes(config).items():
+        if name not in tensors:
+            raise WorkbookError(
+                f"{directory} holds no tensor {name!r}, which config.json calls for: a shard is missing or belongs to "
+                "another model."
+            )
+        if tensors[name].shape != shape:
+            raise WorkbookError(
+                f"{tensors[name].file}: {name!r} has shape {tensors[name].shape}, config.json calls for {shape}: "
+                "configuration and weights belong to different checkpoints."
+            )
+        if tensors[name].dtype not in shards.FLOATS:
+            raise WorkbookError(
+                f"{tensors[name].file}: {name!r} is {tensors[name].dtype}, and a weight of this model is one of "
+                f"{', '.join(shards.FLOATS)}: download that shard again, or take a checkpoint that is not quantised."
+            )
+
+
+def shares_vocabulary(checkpoint: Checkpoint) -> bool:
+    """Whether lm_head equals the embedding, as upstream stores it: TensorRT keeps equal ones once. Reads 64 samples."""
+    first, second = (checkpoint.tensors[f"{name}.weight"] for name in ("transformer.word_embeddings", "lm_head"))
+    if first.offset is None or second.offset is None or first.dtype != second.dtype:
+        return False
+    try:
+        with first.file.open("rb") as one, second.file.open("rb") as other:
+            for part in range(64):
+                place = first.nbytes * part // 64
+                one.seek(first.offset + place)
+                other.seek(second.offset + place)
+                if one.read(4096) != other.read(4096):
+                    return False
+    except FileNotFoundError as error:
+        raise WorkbookError(f"{error.filename} was there a moment ago and is gone: put the shard back.") from error
+    return True

@@ -1,0 +1,185 @@
+"""What has to be mended so that remote code of 2023 loads and runs on transformers 5 and torch 2.13.
+
+Each mend names what it repairs. Generation is not mended: upstream's `chat` and `generate` lean on internals that
+transformers has since removed, so the workbook drives `forward` itself (`glmtrt_helpers/runtime.py`).
+"""
+
+import importlib.machinery
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from glmtrt_helpers.core.errors import WorkbookError
+
+MODEL_CLASS = "ChatGLMForConditionalGeneration"
+
+
+@dataclass(frozen=True)
+class Shim:
+    """One repair: what breaks without it, and what was done."""
+
+    name: str
+    breaks: str
+    done: str
+
+
+SHIMS = (
+    Shim(
+        "skip_init",
+        "the constructor allocates every weight on the CPU, 13 GB that loading throws away",
+        "built on the meta device with plain constructors",
+    ),
+    Shim(
+        "inv_freq",
+        "a checkpoint without rotary_emb.inv_freq would leave garbage there, and upstream ignores the stored one",
+        "computed: 10000^(-2j/d) rounded to fp16",
+    ),
+    Shim(
+        "num_hidden_layers",
+        "transformers 5 asks the configuration for num_hidden_layers, upstream calls it num_layers",
+        "set on the configuration",
+    ),
+    Shim(
+        "all_tied_weights_keys",
+        "upstream never calls post_init, so attributes that transformers 5 sets there are missing",
+        "set to an empty mapping: lm_head and word_embeddings are stored apart",
+    ),
+    Shim(
+        "absolute imports",
+        "some forks import their siblings without a dot, which works only inside their own folder",
+        "the folder is on the path while the source is imported, and its modules are forgotten afterwards",
+    ),
+    Shim(
+        "GenerationMixin",
+        "transformers 5 warns that a model without GenerationMixin cannot generate",
+        "silenced: the workbook never calls generate",
+    ),
+    Shim(
+        "cuda.synchronize",
+        "some forks call torch.cuda.synchronize() inside forward, which fails without a GPU",
+        "a no-op inside the remote module where torch sees no GPU",
+    ),
+)
+_SHIM = {mend.name: mend for mend in SHIMS}
+
+
+def build_model(
+    directory: Path, source: Path, config: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[torch.nn.Module, list[Shim]]:
+    """Build the model on the meta device from local source files; returns it with the mends that were needed."""
+    module = import_remote_code(directory, source)
+    applied = [_SHIM["skip_init"], _SHIM["GenerationMixin"]]
+    module.skip_init = lambda cls, *args, **kwargs: cls(*args, **kwargs)  # type: ignore[attr-defined]
+    if re.search(
+        r"^from (configuration_chatglm|quantization) import", source.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        applied.append(_SHIM["absolute imports"])
+    if not torch.cuda.is_available() and "cuda.synchronize" in source.read_text(encoding="utf-8"):
+        module.torch = _TorchWithoutSynchronize()  # type: ignore[attr-defined]
+        applied.append(_SHIM["cuda.synchronize"])
+
+    configuration_class = getattr(module, "ChatGLMConfig", None)
+    model_class = getattr(module, MODEL_CLASS, None)
+    if configuration_class is None or model_class is None:
+        raise WorkbookError(f"{source} defines no {MODEL_CLASS}: it is not the remote code of ChatGLM-6B.")
+    if "full_attention_mask" in inspect.signature(getattr(module, "ChatGLMModel", model_class).forward).parameters:
+        raise WorkbookError(
+            f"{source} takes a full_attention_mask, and an attention_mask of the opposite meaning (VisualGLM, ChatGLM2 "
+            "and some branches): take modeling_chatglm.py from the main branch of THUDM/chatglm-6b."
+        )
+    attention = getattr(module, "attention_fn", None)
+    if dtype != torch.float16 and attention is not None and ".half()" in inspect.getsource(attention):
+        raise WorkbookError(
+            f"{source} casts attention probabilities with .half(), as the first upload of March 2023 did, so it runs "
+            "in fp16 only and cannot be verified: take a later modeling_chatglm.py."
+        )
+    configuration = configuration_class(**{k: v for k, v in config.items() if k not in ("transformers_version",)})
+    if not hasattr(configuration, "num_hidden_layers"):
+        configuration.num_hidden_layers = configuration.num_layers
+        applied.append(_SHIM["num_hidden_layers"])
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            model = model_class(configuration)
+    finally:
+        logging.set_verbosity(verbosity)
+    if not hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+        applied.append(_SHIM["all_tied_weights_keys"])
+    model.to(dtype)  # on the meta device this costs nothing; parameters that upstream makes half become dtype
+    _compute_inv_freq(model, dtype)
+    applied.append(_SHIM["inv_freq"])
+    return model, applied
+
+
+def import_remote_code(directory: Path, source: Path) -> ModuleType:
+    """Import `source` as a module of a package whose other files lie in `directory`; leaves no bytecode there."""
+    package_name = f"glmtrt_remote_{abs(hash((str(directory.resolve()), source.read_bytes()))):x}"
+    name = f"{package_name}.modeling_chatglm"
+    if name in sys.modules:
+        return sys.modules[name]
+    package = ModuleType(package_name)
+    package.__path__ = [str(directory.resolve())]
+    loader = importlib.machinery.SourceFileLoader(name, str(source.resolve()))
+    spec = importlib.util.spec_from_loader(name, loader, origin=str(source))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[package_name], sys.modules[name] = package, module
+    previous, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    before = set(sys.modules)
+    sys.path.insert(0, str(directory.resolve()))  # some forks write `from configuration_chatglm import ...`
+    try:
+        loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[package_name], sys.modules[name]
+        raise WorkbookError(
+            f"{source} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]}): "
+            "take modeling_chatglm.py and configuration_chatglm.py from one revision of the checkpoint."
+        ) from error
+    finally:
+        sys.dont_write_bytecode = previous
+        sys.path.remove(str(directory.resolve()))
+        for sibling in {path.stem for path in directory.glob("*.py")} & (set(sys.modules) - before):
+            del sys.modules[sibling]  # the next checkpoint has siblings of its own
+    return module
+
+
+def _compute_inv_freq(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        stored = getattr(module, "inv_freq", None)
+        if not isinstance(stored, torch.Tensor):
+            continue
+        dim = 2 * stored.numel()
+        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half().to(dtype)
+        if isinstance(stored, torch.nn.Parameter):
+            module.inv_freq = torch.nn.Parameter(inv_freq, requires_grad=False)
+        else:
+            module.inv_freq = inv_freq
+
+
+class _TorchWithoutSynchronize:
+    """The name `torch` inside one remote module: everything torch has, with a cuda.synchronize that does nothing."""
+
+    class _Cuda:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *args, **kwargs: None) if name == "synchronize" else getattr(torch.cuda, name)
+
+    cuda = _Cuda()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def inv_freq(rotary: int) -> torch.Tensor:
+    """What upstream stores for one layer, fp16 (rotary / 2,); rotary: the half of a head that one position turns."""
+    return (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()

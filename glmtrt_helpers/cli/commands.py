@@ -1,0 +1,321 @@
+"""`glmtrt`: the steps of the notebooks for a machine without a browser.
+
+Each command prints a short table and exits with 0 only if its work is done and right. Bad input gets one line on
+standard error and exit code 1.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from glmtrt_helpers.cli import bench as bench_commands
+from glmtrt_helpers.core import processes
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.progress import bytes_bar, phase_bars, say
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+app.add_typer(bench_commands.app, name="bench")
+
+
+Directory = Annotated[Path, typer.Argument(help="a checkpoint, usually its working copy models/run/NAME")]
+Dtype = Annotated[str, typer.Option(help="fp16 or fp32")]
+
+
+def main() -> None:
+    """Entry point: WorkbookError becomes one line and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except WorkbookError as error:
+        print(f"glmtrt: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("glmtrt: interrupted; nothing half-written was left.", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="predict what an engine of this checkpoint takes")] = None,
+    batch: Annotated[int, typer.Option(help="rows, for --model")] = 1,
+    length: Annotated[int, typer.Option(help="prompt and answer together, for --model")] = 2048,
+    dtype: Dtype = "fp16",
+) -> None:
+    """Say what this machine has and which parts of the workbook run on it."""
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.cli import doctor as checks
+    from glmtrt_helpers.core.display import print_table
+
+    if model:
+        checkpoint = open_checkpoint(model)
+        print_table(["part", "size", "note"], checks.model_report(checkpoint, batch, length, dtype), str(model))
+        return
+    print_table(["what", "found", "so"], checks.report())
+    print_table(["part", "small checkpoint", "real checkpoint (6.7 billion)"], checks.parts())
+
+
+@app.command()
+def standin(
+    directory: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
+    size: Annotated[str, typer.Option(help="tiny, which is trained; 300m or 6b: random, for measuring")] = "tiny",
+    weights: Annotated[str, typer.Option("--format", help="of random weights: safetensors or bin")] = "safetensors",
+    seed: Annotated[int, typer.Option(help="seed of weights and order")] = 0,
+) -> None:
+    """Train the small stand-in on its corpus, two minutes on two cores, or write random weights of a larger size."""
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.standin import random_weights, train
+
+    if size != "tiny":
+        with bytes_bar("random weights") as show:
+            random_weights.write_random(directory, size, weights=weights, seed=seed, progress=show)
+        print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
+        return
+    margins = train.build_standin(directory, seed=seed)
+    written = sum(file.stat().st_size for file in directory.iterdir())
+    rows = [("answers learned", len(train.load_corpus())), ("bytes", written)]
+    print_table(["what", "value"], [*rows, *((f"lowest margin, {name}", value) for name, value in margins.items())])
+
+
+@app.command()
+def copy(source: Annotated[Path, typer.Argument(help="a checkpoint")] = Path("models/chatglm_tiny")) -> None:
+    """Make or refresh the working copy models/run/NAME that every later step reads and writes."""
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+    from glmtrt_helpers.core.display import print_table
+
+    target = make_working_copy(source)
+    opened = open_checkpoint(target)
+    columns = ["working copy", "layers", "hidden", "tensors", "bytes of weights"]
+    row = (str(target), opened.num_layers, opened.hidden_size, len(opened.tensors), opened.weight_bytes)
+    print_table(columns, [row])
+
+
+@app.command()
+def inputs(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option(help="what to ask while recording")] = "你好",
+    max_new: Annotated[int, typer.Option(help="at most so many answer tokens")] = 32,
+    layers: Annotated[int | None, typer.Option(help="run only the first layers; 2 of a large checkpoint")] = None,
+) -> None:
+    """Record what forward is called with during a chat; writes inputs.json.
+
+    Shapes, positions and masks do not depend on how many layers there are, so two of the real one tell them all.
+    """
+    import torch
+
+    from glmtrt_helpers.checkpoints import loading
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.inputs import recording
+    from glmtrt_helpers.inputs.prompts import chat_prompt
+    from glmtrt_helpers.sessions.decode_loop import greedy
+    from glmtrt_helpers.sessions.pytorch import TorchSession
+
+    checkpoint = open_checkpoint(directory)
+    tokenizer = load_tokenizer(checkpoint)
+    ids = chat_prompt(tokenizer, prompt)
+    part = checkpoint.first_layers(layers or (2 if checkpoint.is_large else checkpoint.num_layers))
+    dtype = torch.float16 if checkpoint.is_large else torch.float32  # in fp16 the weights are mapped, not held
+    session = TorchSession(loading.load_model(part, dtype))
+    with recording.record(session.model) as calls:
+        answer = greedy(session, part, ids, max_length=len(ids) + max_new)
+    path = recording.save_record(checkpoint, calls)
+    names = ["input_ids", "position_ids", "attention_mask", "past_key_values.0.key"]
+    print_table(
+        ["call", *names], [(c.kind, *(str(tuple(c.shapes[n])) for n in names)) for c in (*calls[:3], calls[-1])]
+    )
+    print(f"{tokenizer.decode(answer)}\n{len(calls)} calls recorded in {path}", file=sys.stderr)
+    if part.num_layers < checkpoint.num_layers:
+        print(f"Run with the first {part.num_layers} of {checkpoint.num_layers} layers: the words mean nothing, the "
+              "shapes are those of all.", file=sys.stderr)  # fmt: skip
+
+
+@app.command()
+def patch(
+    directory: Directory,
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if something is unpatched")] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="put the source back as it came")] = False,
+) -> None:
+    """Mend the traps in modeling_chatglm.py; the source as it came is kept beside it."""
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.patches import patching
+
+    if restore:
+        print(f"{patching.restore_checkpoint(directory)} is as it came.")
+        return
+    before = patching.check_checkpoint(directory)
+    if not check:
+        patching.patch_checkpoint(directory)
+    now = patching.check_checkpoint(directory)
+    rows = [(name, before[name].state, now[name].state, _lines(now[name])) for name in before]
+    print_table(["patch", "before", "now", "at line"], rows)
+    if any(trap.state == "unpatched" for trap in now.values()):
+        raise typer.Exit(1)
+
+
+def _lines(trap: Any) -> str:
+    return ", ".join(str(site.line) for site in trap.sites)
+
+
+@app.command()
+def export(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    exporter: Annotated[str, typer.Option(help="dynamo or torchscript")] = "dynamo",
+    opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
+    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
+) -> None:
+    """Export the patched model to ONNX; its weights stay where they lie, in the checkpoint's shards."""
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.export import exporting
+    from glmtrt_helpers.fast.decoder import export_fast
+
+    checkpoint = open_checkpoint(directory)
+    if fast:
+        written = export_fast(checkpoint, dtype, progress=say)
+    else:
+        written = [exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)]
+    columns = ["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"]
+    print_table(
+        columns, [(str(w.path), w.file_bytes, w.referred_bytes, sum(w.nodes.values()), w.seconds) for w in written]
+    )
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None:
+    """Summarise an exported graph; exit 1 if it has a pinned dimension or a dead input."""
+    from glmtrt_helpers.graphs.summary import problems, summarize
+
+    Console().print(summarize(file))
+    found = problems(file)
+    for problem in found:
+        print(f"glmtrt: {problem}", file=sys.stderr)
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this")] = None,
+) -> None:
+    """Compare the export with PyTorch at shapes it was not exported with; exit 1 beyond the tolerance."""
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.graphs import verification
+    from glmtrt_helpers.graphs.reference import CASES
+
+    chosen = [one for one in CASES if not case or any(part in one.name for part in case)]
+    result = verification.verify(open_checkpoint(directory), dtype, chosen, progress=say)
+    Console().print(result)
+    for problem in result.problems:
+        print(f"glmtrt: {problem}", file=sys.stderr)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    batch: Annotated[str, typer.Option(help="rows: smallest,typical,largest")] = "1,1,1",
+    prompt: Annotated[str, typer.Option(help="tokens of a prompt, likewise; up to the model's length")] = "",
+    past: Annotated[str, typer.Option(help="tokens in the cache, likewise; up to the model's length")] = "",
+    package: Annotated[str | None, typer.Option(help="tensorrt-rtx or tensorrt; chosen by default")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="build for this compute capability only (RTX)")] = None,
+    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="for cards that are too small")] = False,
+    hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="full tensorrt only")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="full tensorrt only")] = False,
+    tf32: Annotated[bool, typer.Option(help="let fp32 products round their inputs")] = True,
+    fp16_sums: Annotated[bool, typer.Option("--fp16-sums", help="let fp16 products sum in fp16, too")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
+) -> None:
+    """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
+    processes.restart_with_huge_pages()
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.engines import plan_info
+    from glmtrt_helpers.engines.builder import BuildOptions, build_engine
+    from glmtrt_helpers.engines.profiles import Range, chat_profiles
+    from glmtrt_helpers.fast.decoder import build_fast
+
+    checkpoint = open_checkpoint(directory)
+    texts = {"--batch": batch, "--prompt": prompt, "--past": past}
+    ranges = [Range.parse(text, what) if text else None for what, text in texts.items()]
+    options = BuildOptions(
+        tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32, fp16_sums
+    )
+    boxes = chat_profiles(checkpoint, *ranges)
+    with phase_bars() as progress:
+        if fast:
+            built = build_fast(checkpoint, dtype, boxes, options=options, package=package, progress=progress)
+        else:
+            built = [build_engine(checkpoint, dtype, boxes, options=options, package=package, progress=progress)]
+    print(built[0].package.reason, file=sys.stderr)
+    for report in built:
+        for index, profile in enumerate(report.info.profiles):
+            rows = [row for row in plan_info.tensor_rows(report.info.tensors, index) if row[1] == "input"]
+            columns = ["input", "dtype", "shape", "min", "opt", "max"]
+            title = f"{report.plan.name}, profile {profile.name}"
+            print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], title)
+    print_table(["written", "bytes", "seconds"], [(str(b.plan), b.info.plan_bytes, b.info.seconds) for b in built])
+
+
+@app.command()
+def chat(
+    directory: Directory,
+    backend: Annotated[str | None, typer.Option(help="torch, ort or tensorrt; the fastest here by default")] = None,
+    prompt: Annotated[str | None, typer.Option(help="ask this, print the answer alone, and end")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="always the best token")] = False,
+    temperature: Annotated[float, typer.Option(help="scores are divided by it")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="so many best tokens stay; 0 keeps all")] = 50,
+    top_p: Annotated[float, typer.Option(help="the fewest tokens of this probability stay")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="for the same draws again")] = None,
+    max_length: Annotated[int | None, typer.Option(help="prompt and answer together")] = None,
+    drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, let the oldest rounds go")] = False,
+    dtype: Dtype = "fp16",
+    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, on tensorrt or ort")] = False,
+) -> None:
+    """Chat with the model. Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
+    from glmtrt_helpers.chat import backends, terminal
+    from glmtrt_helpers.chat.conversation import Chat
+    from glmtrt_helpers.chat.sampling import Sampling
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.fast import backends as fast_backends
+
+    terminal.use_utf8()
+    checkpoint = open_checkpoint(directory)
+    if checkpoint.is_random:
+        print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    engine = fast_backends if fast else backends
+    if backend is None:
+        backend, why = engine.best_backend(checkpoint, dtype)
+        print(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""), file=sys.stderr)
+    session = engine.open_session(checkpoint, backend, dtype)
+    try:
+        talk = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
+        if prompt is not None:
+            terminal.answer(talk, prompt)
+        else:
+            terminal.converse(talk)
+    finally:
+        session.close()
+
+
+@app.command()
+def workbook(
+    model: Annotated[str, typer.Option(help="the checkpoint to run on")] = "models/chatglm_tiny",
+    output: Annotated[Path, typer.Option(help="where the executed copies go")] = Path("build/notebooks"),
+) -> None:
+    """Execute every notebook in order, from clean kernels."""
+    from glmtrt_helpers.workbook import run_notebooks
+
+    Console().print(f"Executing {len(run_notebooks.notebooks())} notebooks on {model} into {output}")
+    run_notebooks.run_all(model, output)

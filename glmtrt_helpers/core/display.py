@@ -1,0 +1,117 @@
+"""Tables and pictures that the notebooks and the command line share. Chinese shows in all of them."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+# One colour for one meaning, in every picture of the workbook; readable without colour vision, too.
+SEEN, HIDDEN, PADDING = "#dbe9f6", "#2f4b6e", "#e9e4da"
+PREFILL, DECODE, ALARM = "#3b75af", "#e08214", "#c0392b"
+
+
+def use_workbook_style() -> None:
+    """Set matplotlib up: a font that falls back to Noto Sans SC for Chinese, quiet axes, figures of a page's width."""
+    spec = importlib.util.find_spec("zhplot")
+    if spec and spec.origin:
+        font_manager.fontManager.addfont(str(Path(spec.origin).parent / "fonts" / "NotoSansSC-Regular.ttf"))
+    matplotlib.rcParams.update(
+        {
+            "font.family": ["DejaVu Sans", "Noto Sans SC"],
+            "axes.unicode_minus": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "figure.dpi": 90,
+            "figure.constrained_layout.use": True,
+            "svg.hashsalt": "glmtrt",
+        }
+    )
+    _small_pictures()
+
+
+def _small_pictures() -> None:
+    """In a notebook, figures become pictures of 64 colours: a quarter of the bytes, and nothing to see of it."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is not None:
+        plt.get_fignums()  # loads the notebook's backend, which sets a formatter of its own
+        importlib.import_module("matplotlib_inline.backend_inline")
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _png)
+
+
+def _png(figure: Figure) -> bytes:
+    from PIL import Image
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", bbox_inches="tight")
+    Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Any = None) -> None:
+    """Print a table, as text in a terminal and as HTML in a notebook; numbers are set flush right."""
+    numeric = [
+        bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        for i in range(len(columns))
+    ]
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column, number in zip(columns, numeric, strict=True):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    cells = [[format_cell(cell) for cell in row] for row in rows]
+    for row in cells:
+        table.add_row(*row)
+    if console is None and Console().is_jupyter:
+        from IPython.display import display
+
+        text = io.StringIO()
+        Console(file=text, width=115, force_jupyter=False).print(table)
+        views = {"text/html": _html_table(columns, cells, numeric, title), "text/plain": text.getvalue()}
+        display(views, raw=True)
+    else:
+        (console or Console()).print(table)
+
+
+def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> str:
+    """A browser aligns columns itself; a table drawn with characters is crooked wherever Chinese is in it."""
+    align = [f' style="text-align:{"right" if number else "left"};white-space:pre-wrap"' for number in numeric]
+
+    def line(tag: str, row: Sequence[str]) -> str:
+        filled = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell, style in zip(row, align, strict=True))
+        return f"<tr>{''.join(filled)}</tr>"
+
+    caption = f'<caption style="text-align:left">{html.escape(title)}</caption>' if title else ""
+    body = "\n".join(line("td", row) for row in cells)
+    return (
+        f'<table style="margin-left:0">{caption}\n<thead>{line("th", columns)}</thead>\n<tbody>{body}</tbody></table>'
+    )
+
+
+def print_rich(*tables: Any) -> None:
+    """Print anything that rich can draw, as text in a terminal and as HTML in a notebook."""
+    Console().print(*tables)
+
+
+def format_cell(cell: Any) -> str:
+    """A table cell: ints with thousands marks, floats with three digits, yes and no for booleans."""
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        return f"{cell:.3g}"
+    return str(cell)

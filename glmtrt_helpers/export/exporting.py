@@ -1,0 +1,313 @@
+"""Notebook 03: export the patched model to ONNX, with its weights left where they lie.
+
+The exporter is given weights without data. What it writes is the graph; every parameter is an initializer under its
+state-dict name whose external data points into the checkpoint's own safetensors shard, at the tensor's byte offset.
+"""
+
+import gc
+import io
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from glmtrt_helpers.checkpoints import loading, shards
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
+from glmtrt_helpers.checkpoints.loading import DTYPES
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.export import graph_passes, weights_in_shards
+from glmtrt_helpers.inputs.examples import example_inputs
+from glmtrt_helpers.inputs.names import forward_kwargs, input_names, output_names
+from glmtrt_helpers.patches import patching
+
+# dynamo's opset 17 comes out broken; TorchScript ends at 20.
+OPSETS = {"dynamo": range(18, 25), "torchscript": range(17, 21)}
+DEFAULT_OPSET = 18
+# Sizes of 1 would be pinned by dynamo, equal sizes could be taken for one dimension.
+EXAMPLE = (2, 5, 3)  # batch, sequence, past
+# The TorchScript exporter serializes the weights into one message before they can be taken out again.
+_TORCHSCRIPT_BYTES = 1_500_000_000
+_WANTED = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+CODE_KEY = "glmtrt.code_sha256"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: bytes of the file, bytes it refers to in the shards, nodes by type, seconds it took."""
+
+    path: Path
+    exporter: str
+    opset: int
+    dtype: str
+    file_bytes: int
+    referred_bytes: int
+    nodes: Counter[str]
+    seconds: float
+
+
+def onnx_path(checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int = DEFAULT_OPSET) -> Path:
+    """`model.fp16.onnx`; an export that is not the default one carries exporter and opset in its name."""
+    middle = "" if (exporter, opset) == ("dynamo", DEFAULT_OPSET) else f".{exporter}{opset}"
+    return checkpoint.directory / f"model.{dtype}{middle}.onnx"
+
+
+def export_model(
+    checkpoint: Checkpoint,
+    dtype: str = "fp16",
+    *,
+    exporter: str = "dynamo",
+    opset: int = DEFAULT_OPSET,
+    example: tuple[int, int, int] = EXAMPLE,
+    allow_unpatched: bool = False,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> ExportReport:
+    """Write the ONNX model into the checkpoint's directory and return what was written.
+
+    Inputs and outputs are those of `names.input_names` and `names.output_names`; dimensions are called batch,
+    sequence, past and total (= past + sequence). fp32 is a Cast of the stored fp16 weights, in the graph.
+    example: (batch, sequence, past) of the call that is traced. `.bin` shards become safetensors first.
+    Raises WorkbookError for an unpatched source (unless `allow_unpatched`),
+    an unknown exporter, dtype or opset, and a graph that lost an input or pinned a dimension.
+    """
+    started = time.perf_counter()
+    _check_request(dtype, exporter, opset)
+    if not allow_unpatched:
+        _check_patched(checkpoint)
+    checkpoint = in_place(checkpoint, progress)
+    trace = _trace_dynamo if exporter == "dynamo" else _trace_torchscript
+    announce(checkpoint.code)
+
+    def traced() -> ir.Model:
+        try:
+            return trace(checkpoint, DTYPES[dtype], opset, example)
+        except WorkbookError:
+            raise
+        except Exception as error:  # exporters raise their own kinds, around the one that tells
+            raise WorkbookError(
+                f"{checkpoint.code}: the {exporter} exporter cannot follow this source ({_reason(error)}): see "
+                "notebook 02_patch_rotary_flatten, or take modeling_chatglm.py from THUDM/chatglm-6b."
+            ) from error
+
+    def check(model: ir.Model) -> None:
+        if not allow_unpatched:
+            _check_interface(model, checkpoint)
+
+    path = onnx_path(checkpoint, dtype, exporter, opset)
+    report = write_traced(checkpoint, dtype, path, traced, check, exporter, opset, progress)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def in_place(checkpoint: Checkpoint, progress: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint in shards that a graph can refer to; `.bin` shards are streamed into them first."""
+    if not checkpoint.is_safetensors:
+        progress("streaming .bin shards into safetensors")
+        shards.to_safetensors(checkpoint.directory, progress)
+        checkpoint = open_checkpoint(checkpoint.directory)
+    _check_shards(checkpoint)
+    return checkpoint
+
+
+def write_traced(
+    checkpoint: Checkpoint,
+    dtype: str,
+    path: Path,
+    trace: Callable[[], ir.Model],
+    check: Callable[[ir.Model], None] = lambda model: None,
+    exporter: str = "dynamo",
+    opset: int = DEFAULT_OPSET,
+    progress: Callable[[str], None] = lambda phase: None,
+    weights: Collection[str] | None = None,
+) -> ExportReport:
+    """Trace, tidy, point the weights into the shards, check, and write the file whole or not at all.
+
+    weights: names that become inputs of the graph instead.
+    """
+    started = time.perf_counter()
+    what = f"{checkpoint.num_layers} layers" if weights is None else path.stem
+    progress(f"tracing {what} with {exporter}")
+    with quiet(), few_collections():
+        model = trace()
+        progress("tidying the graph")
+        graph_passes.tidy(model, checkpoint, set(checkpoint.tensors) if weights is None else weights)
+        graph_passes.name_dimensions(model)
+        if weights is None:
+            weights_in_shards.refer_to_shards(model, checkpoint, _WANTED[dtype])
+        else:
+            weights_in_shards.make_inputs(model, weights)
+        check(model)
+    model.producer_name = "glmtrt"
+    model.metadata_props[CODE_KEY] = code_sha256(checkpoint.code)
+    progress(f"writing {path.name}")
+    with replacing(path) as temporary:
+        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    return ExportReport(
+        path,
+        exporter,
+        opset,
+        dtype,
+        path.stat().st_size,
+        sum(t.nbytes for name, t in checkpoint.tensors.items() if name in model.graph.initializers),
+        Counter(node.op_type for node in model.graph),
+        time.perf_counter() - started,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause: its kind and how its text begins."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
+
+
+def _check_request(dtype: str, exporter: str, opset: int) -> None:
+    if dtype not in DTYPES:
+        raise WorkbookError(f"dtype {dtype!r} is not exported: choose fp16 or fp32.")
+    if exporter not in OPSETS:
+        raise WorkbookError(f"there is no exporter {exporter!r}: choose dynamo or torchscript.")
+    if opset not in OPSETS[exporter]:
+        low, high = OPSETS[exporter][0], OPSETS[exporter][-1]
+        raise WorkbookError(f"the {exporter} exporter does not write a good opset {opset}: choose {low} to {high}.")
+
+
+def _check_patched(checkpoint: Checkpoint) -> None:
+    for name, trap in patching.check_checkpoint(checkpoint.directory).items():
+        if trap.state == "unpatched":
+            raise WorkbookError(
+                f"{checkpoint.code}, line {trap.sites[0].line}, still has the trap {name}: run notebook "
+                f"02_patch_rotary_flatten or `glmtrt patch {checkpoint.directory}` first."
+            )
+
+
+def _check_shards(checkpoint: Checkpoint) -> None:
+    """ONNX Runtime follows external data only into regular files of the model's own folder."""
+    for file in {tensor.file for tensor in checkpoint.tensors.values()}:
+        if file.is_symlink():
+            raise WorkbookError(
+                f"{file} is a symbolic link, which ONNX Runtime does not follow: run `glmtrt copy "
+                f"{checkpoint.directory}`, whose working copy has hard links, and export there."
+            )
+
+
+def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]) -> ir.Model:
+    """torch.export on weights that have a shape and no data, so memory does not depend on the model's size."""
+    model = loading.load_model(checkpoint, dtype, meta=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    axes = torch.export.Dim
+    batch, sequence, past = axes("batch"), axes("sequence"), axes("past")
+    dynamic = {
+        "input_ids": {0: batch, 1: sequence},
+        "position_ids": {0: batch, 2: sequence},
+        "attention_mask": {0: batch, 2: sequence, 3: axes.DYNAMIC},
+        "past_key_values": tuple(({0: past, 1: batch}, {0: past, 1: batch}) for _ in range(checkpoint.num_layers)),
+        "use_cache": None,
+        "return_dict": None,
+    }
+    program = torch.onnx.export(
+        model,
+        kwargs=forward_kwargs(example_inputs(checkpoint, *example, dtype=dtype)),
+        dynamo=True,
+        optimize=False,  # the default folds transposed copies of the weights into the graph
+        opset_version=opset,
+        input_names=input_names(checkpoint.num_layers),
+        output_names=output_names(checkpoint.num_layers),
+        dynamic_shapes=dynamic,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model
+
+
+def _trace_torchscript(
+    checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]
+) -> ir.Model:
+    """The exporter of 2023, for comparison: it runs the model once on real weights and writes down what happened."""
+    if checkpoint.weight_bytes > _TORCHSCRIPT_BYTES:
+        raise WorkbookError(
+            f"the torchscript exporter holds all {checkpoint.weight_bytes / 1e9:.1f} GB of weights in one message, "
+            "whose limit is 2 GB: use dynamo for this checkpoint."
+        )
+    model = loading.load_model(checkpoint, dtype)
+    buffer = io.BytesIO()
+    torchscript_export(model, checkpoint, dtype, opset, example, buffer)
+    return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+
+
+def torchscript_export(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    opset: int,
+    example: tuple[int, int, int],
+    target: Any,
+) -> None:
+    """Run the model once on real weights and write down what happened; target: a path or a binary stream."""
+    names_in, names_out = input_names(checkpoint.num_layers), output_names(checkpoint.num_layers)
+    axes: dict[str, dict[int, str]] = {
+        "input_ids": {0: "batch", 1: "sequence"},
+        "position_ids": {0: "batch", 2: "sequence"},
+        "attention_mask": {0: "batch", 2: "sequence", 3: "total"},
+        "logits": {0: "batch", 1: "sequence"},
+    }
+    axes |= {name: {0: "past", 1: "batch"} for name in names_in[3:]}
+    axes |= {name: {0: "total", 1: "batch"} for name in names_out[1:]}
+    torch.onnx.export(
+        model,
+        kwargs=forward_kwargs(example_inputs(checkpoint, *example, dtype=dtype)),
+        f=target,
+        dynamo=False,
+        do_constant_folding=False,  # it would fold transposed copies of the weights
+        opset_version=opset,
+        input_names=names_in,
+        output_names=names_out,
+        dynamic_axes=axes,
+    )
+
+
+def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:
+    """No input may be lost or unread, no dimension pinned that a chat moves."""
+    names = {value.name: value for value in model.graph.inputs}
+    for name in input_names(checkpoint.num_layers):
+        if name not in names or not names[name].uses():
+            raise WorkbookError(f"the export of {checkpoint.directory} lost the input {name}: check the patches.")
+        free = {"input_ids": (0, 1), "position_ids": (0, 2), "attention_mask": (0, 2, 3)}.get(name, (0, 1))
+        shape: Any = names[name].shape
+        if any(isinstance(shape[axis], int) for axis in free):
+            raise WorkbookError(f"the export of {checkpoint.directory} pinned a dimension of {name}: {shape}.")
+
+
+@contextmanager
+def quiet() -> Any:
+    """The exporters print at length (torchvision, deprecations, whole graphs); what matters is raised or checked."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+@contextmanager
+def few_collections() -> Any:
+    """A trace makes millions of objects and keeps most: to look for dead ones took a seventh of the time."""
+    usual = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)

@@ -1,0 +1,221 @@
+"""What the right answer is: the cases, their inputs, what PyTorch makes of them, and how far from it is still right.
+
+The reference never passed through a patch: the source as it came, in fp32, with the checkpoint's fp16 weights.
+
+In fp16 the measuring rod is PyTorch's own fp16: a graph may be wrong by half as much again, not more. But the rotary
+angles of an fp16 model are no rounding noise: behind position 512 they are off by up to a quarter radian, and every
+backend has to be off by the same. So the fp32 reference of an fp16 graph takes its angles in fp16, as the source does
+in fp16, and all that is left between the two is the noise of the arithmetic.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.checkpoints.loading import DTYPES
+from glmtrt_helpers.graphs.tolerances import largest_error
+from glmtrt_helpers.inputs.examples import example_inputs
+from glmtrt_helpers.sessions.base import Session
+from glmtrt_helpers.sessions.pytorch import TorchSession
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape to compare at. padding: tokens at the left of each row that are padding, counted from the past's start.
+
+    at_end: positions are moved up until the largest is the last that the model has, max_length - 1.
+    """
+
+    name: str
+    batch: int
+    sequence: int
+    past: int
+    padding: tuple[int, ...] = ()
+    at_end: bool = False
+
+
+# (2, 5, 3), the example of the export, is not among them.
+CASES = (
+    Case("one token, no past", 1, 1, 0),
+    Case("prompt", 1, 17, 0),
+    Case("decode", 1, 1, 9),
+    Case("decode after 600", 1, 1, 600),
+    Case("chunk on a past", 1, 6, 4),
+    Case("batch of 4 prompts", 4, 7, 0),
+    Case("batch of 4, decode", 4, 1, 12),
+    Case("left-padded prompts", 3, 8, 0, padding=(0, 3, 5)),
+    Case("left-padded decode", 2, 1, 11, padding=(0, 4)),
+    Case("last positions", 2, 4, 2, at_end=True),
+)
+# Mask, padding and batch at once: where a single case has to do.
+LAYER_CASE = CASES[7]
+
+
+def fit(case: Case, max_length: int) -> tuple[Case | None, str]:
+    """The case, with a shorter past where the model is too short for it; None where even that does not fit; and why."""
+    if case.past + case.sequence <= max_length:
+        return case, ""
+    past = max_length - case.sequence
+    if past < 1 or past <= max(case.padding, default=0):
+        return None, f"the model has {max_length} positions"
+    return replace(case, past=past), f"past {case.past} cut to {past}: the model has {max_length} positions"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the model: what goes into ("in") or comes out of ("out") the module at `module`, or its "softmax".
+
+    tensor: its name in the graph. layer: None outside of the layers.
+    """
+
+    layer: int | None
+    part: str
+    module: str
+    side: str
+    tensor: str
+
+    @property
+    def name(self) -> str:
+        return self.part if self.layer is None else f"layer {self.layer} {self.part}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A case made ready. own_errors: by tensor the error of PyTorch fp16 against `wanted`; empty in fp32."""
+
+    case: Case
+    flat: dict[str, torch.Tensor]
+    wanted: dict[str, torch.Tensor]
+    own_errors: dict[str, float]
+
+
+def references(
+    checkpoint: Checkpoint,
+    dtype: str,
+    cases: Sequence[Case],
+    points: Sequence[Point] = (),
+    progress: Callable[[str], None] = lambda phase: None,
+) -> list[Reference]:
+    """Inputs in dtype and fp32 outputs of every case, those at `points` among them.
+
+    One model is in memory at a time: fp16 stays mapped from the shards, fp32 of a large one is streamed by layers.
+    """
+    session = _source_session(checkpoint, torch.float32, rotary=DTYPES[dtype], points=points)
+    ready = []
+    for case in cases:
+        progress(f"PyTorch fp32: {case.name}")
+        flat = case_inputs(checkpoint, case, session, DTYPES[dtype])
+        ready.append(Reference(case, flat, run_tensors(session, _cast(flat, torch.float32)), {}))
+    if dtype == "fp32":
+        return ready
+    del session
+    gc.collect()  # modules hold each other in cycles; 27 GB should not wait for the collector's leisure
+    session = _source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
+    progress("PyTorch fp16")
+    return [replace(one, own_errors=_own_errors(one, run_tensors(session, one.flat))) for one in ready]
+
+
+def run_tensors(session: Session, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One call of forward with its outputs as tensors, which share the session's memory."""
+    return {name: torch.as_tensor(array) for name, array in session.run(flat).items()}
+
+
+def _own_errors(one: Reference, got: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {name: largest_error(name, one.flat, wanted, got[name])[0] for name, wanted in one.wanted.items()}
+
+
+class _TracedSession(TorchSession):
+    """PyTorch whose outputs include what passed the points."""
+
+    def __init__(self, model: torch.nn.Module, points: Sequence[Point]):
+        super().__init__(model)
+        self.points = points
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        seen: dict[str, torch.Tensor] = {}
+        between = [point for point in self.points if point.side != "softmax"]
+        handles = [_watch(self.model.get_submodule(point.module), point, seen) for point in between]
+        try:
+            with _SoftmaxWatch() as watch:
+                outputs = super().run(flat)
+            inside = [point for point in self.points if point.side == "softmax"]
+            seen |= {point.tensor: tensor for point, tensor in zip(inside, watch.seen, strict=bool(inside))}
+            return outputs | {name: tensor.cpu().numpy() for name, tensor in seen.items()}
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _SoftmaxWatch(TorchFunctionMode):
+    """Keeps what every softmax gives, in order; it is a function inside the attention, no module to hang a hook on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax":
+            self.seen.append(output)
+        return output
+
+
+def _watch(module: torch.nn.Module, point: Point, seen: dict[str, torch.Tensor]) -> RemovableHandle:
+    def before(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        seen[point.tensor] = args[0]
+
+    def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[point.tensor] = output[0] if isinstance(output, tuple) else output
+
+    return module.register_forward_pre_hook(before) if point.side == "in" else module.register_forward_hook(after)
+
+
+def _source_session(
+    checkpoint: Checkpoint, dtype: torch.dtype, rotary: torch.dtype, points: Sequence[Point]
+) -> _TracedSession:
+    """The source as it came, in dtype, with the rotary tables that it computes in the dtype `rotary`."""
+    model = loading.load_bounded(checkpoint, dtype, code=checkpoint.pristine_code)
+    for module in model.modules():
+        # The source builds positions, angles and tables in inv_freq's dtype.
+        if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.inv_freq = module.inv_freq.to(rotary)
+    return _TracedSession(model, points)
+
+
+def _cast(flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in flat.items()}
+
+
+def case_inputs(checkpoint: Checkpoint, case: Case, reference: Session, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Flat inputs of a case, its cache computed by the reference over a prompt of `past` tokens and rounded to dtype.
+
+    The prompt ends before <sop>, so that all of it sees all of itself; <sop> is the first of the new tokens. Padding
+    sees nothing at all, as in a batch of a chat (`examples.prompt_inputs`).
+    """
+    padding = case.padding or (0,) * case.batch
+    left = torch.tensor(padding)[:, None]
+    flat = example_inputs(checkpoint, case.batch, case.sequence, case.past, dtype, padding=padding)
+    shift = checkpoint.max_length - 1 - flat["position_ids"].amax(dim=(0, 2)) if case.at_end else torch.zeros(2).long()
+    flat["position_ids"] += shift[:, None]
+    flat["attention_mask"] |= (torch.arange(case.past, case.past + case.sequence) < left)[:, None, :, None]
+    if not case.past:
+        return flat
+    prefix = example_inputs(checkpoint, case.batch, case.past, 0, torch.float32, padding=padding, seed=1)
+    index = torch.arange(case.past)
+    row0 = (index - left).clamp(min=0)
+    prefix["position_ids"] = torch.stack([row0, torch.zeros_like(row0)], dim=1) + shift[:, None]
+    padded = (index < left)[:, None]
+    prefix["attention_mask"] = padded[:, :, None, :] | padded[:, :, :, None]
+    presents = run_tensors(reference, prefix)
+    past = {
+        name.replace("present", "past_key_values"): t for name, t in presents.items() if name.startswith("present.")
+    }
+    return flat | _cast(past, dtype)

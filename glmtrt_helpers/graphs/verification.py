@@ -1,0 +1,152 @@
+"""Notebook 04: does the exported graph compute what the model computes, and if not, where does it begin to differ?
+
+`verify` compares outputs at shapes that the export has not seen; `layer_errors` compares what every layer hands to the
+next. What is right, and how far from it is still right, is said in `glmtrt_helpers/references.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.checkpoints.code_hash import code_sha256
+from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.checkpoints.loading import DTYPES
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.export import exporting
+from glmtrt_helpers.graphs.reference import CASES, Case, Reference, fit, references, run_tensors
+from glmtrt_helpers.graphs.summary import check_weights, problems
+from glmtrt_helpers.graphs.tolerances import largest_error, tolerance
+from glmtrt_helpers.sessions.base import Session
+from glmtrt_helpers.sessions.onnxruntime import plain_session
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: the worst tensor, its largest error, what was allowed, and PyTorch fp16's own error (None in fp32)."""
+
+    case: Case
+    tensor: str
+    error: float
+    tolerance: float
+    own_error: float | None
+    ok: bool
+    note: str = ""
+
+
+@dataclass
+class Verification:
+    """What `verify` found. skipped: cases that the model is too short for; problems: those of `summary.problems`."""
+
+    onnx_path: Path
+    dtype: str
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[tuple[Case, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows) and not self.problems
+
+    def __rich__(self) -> Table:
+        notes = [f"{row.case.name}: {row.note}" for row in self.rows if row.note]
+        notes += [f"skipped {case.name}: {why}" for case, why in self.skipped] + self.problems
+        table = Table(title=f"{self.onnx_path.name} against PyTorch", title_justify="left")
+        table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
+        # Tight enough for a terminal of 80 characters.
+        table.box, table.padding, table.pad_edge = SIMPLE_HEAD, 0, False
+        table.add_column("case", min_width=11, overflow="fold")
+        for column in ("batch", "new", "past", "error", "allowed", "PyTorch\nfp16"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("worst tensor", no_wrap=True)
+        table.add_column("ok")
+        for row in self.rows:
+            case, own = row.case, "" if row.own_error is None else f"{row.own_error:.1e}"
+            shape = (str(case.batch), str(case.sequence), str(case.past))
+            numbers = (*shape, f"{row.error:.1e}", f"{row.tolerance:.1e}", own)
+            table.add_row(case.name, *numbers, row.tensor, "yes" if row.ok else "NO")
+        return table
+
+
+def verify(
+    checkpoint: Checkpoint,
+    dtype: str = "fp16",
+    cases: Sequence[Case] = CASES,
+    onnx_path: str | Path | None = None,
+    session: Session | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Verification:
+    """Compare the exported graph with PyTorch at every case: logits and all presents.
+
+    onnx_path: `model.DTYPE.onnx` of the checkpoint by default. session: what runs the graph, ONNX Runtime by default;
+    an engine that was built from the graph can take its place.
+    Raises WorkbookError where the graph is missing, older than the source, or another checkpoint's.
+    """
+    path = check_exported(checkpoint, dtype, onnx_path)
+    result = Verification(path, dtype, problems=problems(path, checkpoint))
+    fitting = []
+    for case in cases:
+        fitted, why = fit(case, checkpoint.max_length)
+        if fitted is None:
+            result.skipped.append((case, why))
+        else:
+            fitting.append((fitted, why))
+    ready = references(checkpoint, dtype, [case for case, _ in fitting], progress=progress)
+    session = session or plain_session(checkpoint, path)
+    for one, (_, why) in zip(ready, fitting, strict=True):
+        progress(f"{path.name}: {one.case.name}")
+        row = _compare(one, session, session.arithmetic or dtype)
+        result.rows.append(replace(row, note="; ".join(filter(None, (row.note, why)))))
+    return result
+
+
+def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | None) -> Path:
+    """The graph's path, once it is clear that it is this checkpoint's and not out of date."""
+    if dtype not in DTYPES:
+        raise WorkbookError(f"{dtype!r} is no precision of this workbook: take one of {', '.join(DTYPES)}.")
+    path = Path(onnx_path) if onnx_path else exporting.onnx_path(checkpoint, dtype)
+    model = load_graph(path)
+    check_weights(path, model)
+    noted = {entry.key: entry.value for entry in model.metadata_props}.get(exporting.CODE_KEY)
+    # A file that does not say from which source it came can only be told by its age.
+    newer = path.stat().st_mtime >= checkpoint.code.stat().st_mtime
+    if not (noted == code_sha256(checkpoint.code) if noted else newer):
+        raise WorkbookError(
+            f"{path} was exported from another state of {checkpoint.code.name} than the one beside it, which was "
+            f"patched or replaced since: run notebook 03_export_onnx or `glmtrt export {checkpoint.directory}` again."
+        )
+    layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
+    shapes = expected_shapes(checkpoint.config)
+    other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
+    if layers != checkpoint.num_layers or other:
+        what = f"the shape of {other[0]} differs" if other else f"{layers} layers for {checkpoint.num_layers}"
+        raise WorkbookError(
+            f"{path} was exported from another checkpoint ({what}): export {checkpoint.directory} again."
+        )
+    return path
+
+
+def _compare(one: Reference, session: Session, dtype: str) -> Row:
+    """Run one case and keep the tensor that is worst for what it is allowed. A run that fails is a row that fails."""
+    try:
+        got = run_tensors(session, one.flat)
+    except Exception as failure:  # each backend raises its own kinds
+        return Row(one.case, "-", float("inf"), 0.0, None, False, str(failure).strip().splitlines()[0])
+    rows = []
+    for name, wanted in one.wanted.items():
+        if name == "logits" and session.last_only:
+            wanted = wanted[:, -1:]
+        if name not in got or got[name].shape != wanted.shape:
+            shape = tuple(got[name].shape) if name in got else "missing"
+            return Row(one.case, name, float("inf"), 0.0, None, False, f"shape {shape} for {tuple(wanted.shape)}")
+        error, scale = largest_error(name, one.flat, wanted, got[name])
+        own_error = one.own_errors.get(name)
+        allowed = tolerance(dtype, scale, own_error)
+        note = "" if error == error else "not finite"
+        rows.append(Row(one.case, name, error, allowed, own_error, error <= allowed, note))
+    return max(rows, key=lambda row: row.error / row.tolerance if row.error == row.error else float("inf"))

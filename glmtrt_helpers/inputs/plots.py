@@ -1,0 +1,78 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from glmtrt_helpers.core.display import DECODE, HIDDEN, PADDING, PREFILL, SEEN
+
+if TYPE_CHECKING:
+    import torch
+
+    from glmtrt_helpers.inputs.recording import Call
+
+
+def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]]) -> Figure:
+    """The attention mask of each row of a batch: who (down) may see whom (across).
+
+    flat: inputs of one call. pieces: per row, the text of every key column (past first), for the labels.
+    """
+    mask = flat["attention_mask"]
+    batch, _, sequence, total = mask.shape
+    size = 0.22 * max(total, 8)
+    figure, axes = plt.subplots(1, batch, figsize=(batch * (size + 1.2), size + 1.0), squeeze=False)
+    for row, axis in enumerate(axes[0]):
+        hidden, padding = np.asarray(mask[row, 0]), np.array([piece == "<pad>" for piece in pieces[row]])
+        picture = hidden.astype(int) + (hidden & padding)
+        axis.imshow(picture, cmap=ListedColormap([SEEN, HIDDEN, PADDING]), vmin=0, vmax=2, aspect="equal")
+        axis.set_xticks(range(total), [_label(piece) for piece in pieces[row]], rotation=90, fontsize=8)
+        axis.set_yticks(range(sequence), [_label(piece) for piece in pieces[row][total - sequence :]], fontsize=8)
+        axis.set_xticks(np.arange(-0.5, total), minor=True)
+        axis.set_yticks(np.arange(-0.5, sequence), minor=True)
+        axis.grid(which="minor", color="white", linewidth=0.6)
+        axis.tick_params(which="both", length=0)
+        axis.set_title(f"row {row}: light = seen, dark = hidden")
+    plt.close(figure)
+    return figure
+
+
+def _label(piece: str) -> str:
+    return piece if len(piece) <= 10 else piece[:9] + "…"
+
+
+def draw_positions(flat: Mapping[str, torch.Tensor], pieces: Sequence[str], row: int = 0) -> Figure:
+    """The two rows of position_ids over the tokens of one sequence."""
+    positions = flat["position_ids"][row]
+    figure, axis = plt.subplots(figsize=(max(5.0, 0.32 * len(pieces)), 2.6))
+    for line, (name, colour) in enumerate((("position", PREFILL), ("block position", DECODE))):
+        values = positions[line].tolist()
+        axis.plot(values, drawstyle="steps-mid", color=colour, label=name)
+        for x, value in enumerate(values):
+            axis.annotate(str(value), (x, value), textcoords="offset points", xytext=(0, 4), ha="center",
+                          fontsize=7, color=colour)  # fmt: skip
+    axis.set_xticks(range(len(pieces)), [_label(piece) for piece in pieces], rotation=90, fontsize=8)
+    axis.legend(frameon=False, loc="upper left")
+    plt.close(figure)
+    return figure
+
+
+def draw_calls(calls: Sequence[Call]) -> Figure:
+    """The recorded calls of a chat: new tokens on top of the cache, call by call."""
+    figure, axis = plt.subplots(figsize=(9, 2.8))
+    index = range(len(calls))
+    colours = [PREFILL if call.kind == "prefill" else DECODE for call in calls]
+    axis.bar(index, [call.past for call in calls], color="#d9d9d9", label="past (cache)")
+    axis.bar(index, [call.sequence for call in calls], bottom=[call.past for call in calls], color=colours)
+    axis.bar([0], [0], color=PREFILL, label="prefill")
+    axis.bar([0], [0], color=DECODE, label="decode")
+    axis.set_xlabel("call of forward")
+    axis.set_ylabel("tokens")
+    axis.legend(frameon=False, loc="upper left", ncols=3)
+    plt.close(figure)
+    return figure

@@ -1,0 +1,102 @@
+"""Notebook 01: what `forward` is called with. Record it during a real chat, or make it for any (batch, sequence, past).
+
+Inputs are flat mappings from a tensor's name to the tensor, in the order of `input_names`, everywhere in the project;
+`forward_kwargs` nests them for PyTorch. past and present are sequence first: (past, batch, heads, d).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.files import replacing
+
+RECORD_NAME = "inputs.json"
+
+
+@dataclass
+class Call:
+    """One recorded call of forward: its tensors by name, what came out, and where in the chat it was."""
+
+    kind: str  # "prefill" or "decode"
+    shapes: dict[str, list[int]]
+    dtypes: dict[str, str]
+    position_ids: list[Any] = field(default_factory=list)
+    attention_mask: list[Any] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> int:
+        return self.shapes["input_ids"][1]
+
+    @property
+    def past(self) -> int:
+        return self.shapes.get("past_key_values.0.key", [0])[0]
+
+
+@contextmanager
+def record(model: torch.nn.Module) -> Iterator[list[Call]]:
+    """Record every call of `model.forward` inside the block; the hook is removed at its end, also after an error."""
+    calls: list[Call] = []
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_describe(kwargs))
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _describe(kwargs: Mapping[str, Any]) -> Call:
+    past = kwargs.get("past_key_values")
+    flat = {
+        name: kwargs[name] for name in ("input_ids", "position_ids", "attention_mask") if kwargs.get(name) is not None
+    }
+    for i, layer in enumerate(past or ()):
+        for part, tensor in zip(("key", "value"), layer, strict=True):
+            flat[f"past_key_values.{i}.{part}"] = tensor
+    past_length = flat["past_key_values.0.key"].shape[0] if past else 0
+    return Call(
+        kind="decode" if past_length else "prefill",
+        shapes={name: list(tensor.shape) for name, tensor in flat.items()},
+        dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in flat.items()},
+        position_ids=flat["position_ids"].tolist() if "position_ids" in flat else [],
+        attention_mask=flat["attention_mask"].int().tolist() if "attention_mask" in flat else [],
+    )
+
+
+def dynamic_axes(calls: Sequence[Call]) -> dict[str, list[int]]:
+    """Axes whose size differed between calls, by tensor: what an export must leave dynamic."""
+    names = [name for name in calls[0].shapes if all(name in call.shapes for call in calls)]
+    axes = {}
+    for name in names:
+        sizes = [call.shapes[name] for call in calls]
+        axes[name] = [axis for axis in range(len(sizes[0])) if len({size[axis] for size in sizes}) > 1]
+    return axes
+
+
+def save_record(checkpoint: Checkpoint, calls: Sequence[Call]) -> Path:
+    """Write `inputs.json` into the working copy: shapes, dtypes, positions and masks of the recorded calls."""
+    if not calls:
+        raise WorkbookError("no call of forward was recorded: run a chat inside `with record(model) as calls`.")
+    path = checkpoint.directory / RECORD_NAME
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([asdict(call) for call in calls], ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def load_record(checkpoint: Checkpoint) -> list[Call]:
+    """Read `inputs.json`; where it is missing the error names the notebook that makes it."""
+    path = checkpoint.directory / RECORD_NAME
+    if not path.exists():
+        raise WorkbookError(
+            f"{path} is missing: run notebook 01_debug_forward_inputs or `glmtrt inputs {path.parent}`."
+        )
+    return [Call(**call) for call in json.loads(path.read_text(encoding="utf-8"))]

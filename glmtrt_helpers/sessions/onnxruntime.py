@@ -1,0 +1,176 @@
+"""Cut a graph into slices, for ONNX Runtime on a machine that cannot hold all weights once they are cast.
+
+On a CPU, ONNX Runtime casts fp16 weights to fp32 for every product, and as a cast of a weight depends on nothing, it
+makes all of them first: 18 GB for the real model. A slice is a run of nodes with few enough weights; between slices
+only activations are kept, which the cuts round to the dtype of the graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core.artifacts import missing_graph
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.sessions.base import Session
+
+
+class OrtSession(Session):
+    """A bare ONNX Runtime session, on the CPU unless `providers` say otherwise.
+
+    optimize: ONNX Runtime's default optimisations copy fp16 weights into fp32; without them the weights stay mapped.
+    extra_outputs: further outputs that the model at `path` declares, beside those of `names.output_names`.
+    """
+
+    backend = "ort"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        optimize: bool = True,
+        extra_outputs: Sequence[str] = (),
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ):
+        import onnxruntime
+
+        path = Path(path)
+        if not path.exists():
+            raise WorkbookError(missing_graph(path))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised, not printed as well
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what a run took goes back at its end
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise WorkbookError(f"ONNX Runtime does not load {path}: {first}; export it again.") from error
+        self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
+        self.output_names = [tensor.name for tensor in self.session.get_outputs()]
+        unknown = sorted(set(extra_outputs) - set(self.output_names))
+        if unknown:
+            raise WorkbookError(f"{path} has no output {unknown[0]!r}: add it to the graph before opening a session.")
+        half = self.session.get_outputs()[0].type == "tensor(float16)"
+        self.dtype = np.dtype(np.float16 if half else np.float32)
+
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        past = {name: tensor.shape for name, tensor in self.inputs.items() if name.startswith("past_key_values.")}
+        return {name: np.zeros((0, batch, *shape[2:]), self.dtype) for name, shape in past.items()}
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        feeds = {name: np.ascontiguousarray(flat[name]) for name in self.inputs}
+        outputs = self.session.run(self.output_names, feeds)
+        return dict(zip(self.output_names, outputs, strict=True))
+
+
+SLICE_BYTES = 600_000_000  # of weights in a slice; a vocabulary matrix of the real model is 1.07 GB by itself
+
+
+def cut(model: onnx.ModelProto, slice_bytes: int = SLICE_BYTES) -> Iterator[onnx.ModelProto]:
+    """Slices of a graph, in the order in which they have to run; each takes and gives tensors by their names."""
+    graph = model.graph
+    sizes = {tensor.name: _nbytes(tensor) for tensor in graph.initializer}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    parts = _group(_units(list(graph.node), set(initializers)), sizes, slice_bytes)
+    made = [{name for node in part for name in node.output} for part in parts]
+    used = [{name for node in part for name in node.input if name} for part in parts]
+    wanted = {value.name for value in graph.output}
+    for number, part in enumerate(parts):
+        enters = used[number] - made[number] - set(initializers)
+        later = set().union(*used[number + 1 :], wanted)
+        leaves = made[number] & later
+        yield helper.make_model(
+            helper.make_graph(
+                part,
+                f"slice {number}",
+                [helper.make_tensor_value_info(name, kinds[name], None) for name in sorted(enters)],
+                [helper.make_tensor_value_info(name, kinds[name], None) for name in sorted(leaves)],
+                [initializers[name] for name in sorted(used[number] & set(initializers))],
+            ),
+            opset_imports=model.opset_import,
+            ir_version=model.ir_version,
+        )
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _units(nodes: list[onnx.NodeProto], constant: set[str]) -> list[list[onnx.NodeProto]]:
+    """The nodes in an order that can run: each one behind what is computed of weights alone for it.
+
+    Such a unit is not cut: a weight in fp32 would travel between slices.
+    """
+    waiting: dict[str, onnx.NodeProto] = {}
+    known = set(constant)
+    units: list[list[onnx.NodeProto]] = []
+
+    def with_its_weights(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        unit: list[onnx.NodeProto] = []
+        for name in node.input:
+            if name in waiting:
+                producer = waiting[name]
+                for output in producer.output:
+                    waiting.pop(output, None)
+                unit += with_its_weights(producer)
+        return [*unit, node]
+
+    for node in nodes:
+        if all(name in known for name in node.input if name):
+            known.update(node.output)
+            waiting.update(dict.fromkeys(node.output, node))
+        else:
+            units.append(with_its_weights(node))
+    return units
+
+
+def _group(units: list[list[onnx.NodeProto]], sizes: Mapping[str, int], limit: int) -> list[list[onnx.NodeProto]]:
+    parts: list[list[onnx.NodeProto]] = [[]]
+    seen: set[str] = set()
+    for unit in units:
+        fresh = {name for node in unit for name in node.input if name in sizes}
+        if parts[-1] and sum(sizes[name] for name in seen | fresh) > limit:
+            parts.append([])
+            seen = set()
+        seen |= fresh
+        parts[-1] += unit
+    return parts
+
+
+class SlicedOrtSession(OrtSession):
+    """ONNX Runtime over slices of the graph at `path`: some seconds a call, and a fraction of the memory."""
+
+    def __init__(self, path: str | Path, *, extra_outputs: Sequence[str] = (), slice_bytes: int | None = None):
+        super().__init__(path, optimize=False, extra_outputs=extra_outputs)
+        self._slices: list[OrtSession] = []
+        for number, part in enumerate(cut(load_graph(path), slice_bytes or SLICE_BYTES)):
+            file = Path(path).with_name(f".{Path(path).stem}.{os.getpid()}.{number}.onnx")  # beside the weights
+            try:
+                file.write_bytes(part.SerializeToString())
+                self._slices.append(OrtSession(file, optimize=False))
+            finally:
+                file.unlink(missing_ok=True)
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        known = {name: np.ascontiguousarray(flat[name]) for name in self.inputs}
+        for number, part in enumerate(self._slices):
+            known |= part.run(known)
+            needed = {*self.output_names, *(name for later in self._slices[number + 1 :] for name in later.inputs)}
+            known = {name: array for name, array in known.items() if name in needed}
+        return {name: known[name] for name in self.output_names}
+
+
+def plain_session(checkpoint: Checkpoint, path: str | Path) -> OrtSession:
+    """ONNX Runtime over the graph as it is written, in memory that a laptop has."""
+    return SlicedOrtSession(path) if checkpoint.is_large else OrtSession(path, optimize=False)

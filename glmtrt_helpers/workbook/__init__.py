@@ -1,0 +1,19 @@
+"""What the notebooks have in common, and running them all."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "run_notebooks": ["execute", "notebooks", "run_all"],
+        "setup": [
+            "expect",
+            "middle_checkpoint",
+            "reference_dtype",
+            "scratch_copy",
+            "scratch_engine",
+            "scratch_file",
+            "start",
+        ],
+    },
+)

@@ -1,0 +1,107 @@
+"""The chat panel without a browser: it answers in its thread, streams, stops, and says on what it runs."""
+
+import time
+from pathlib import Path
+
+import pytest
+from support.checkpoints import TINY
+
+from glmtrt_helpers.chat.panel import ChatPanel
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+from glmtrt_helpers.export import exporting
+from glmtrt_helpers.patches import patching
+from glmtrt_helpers.sessions.onnxruntime import OrtSession
+from glmtrt_helpers.standin import train
+
+ANSWERS = {example.question: example.answer for example in train.load_corpus() if not example.history}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = make_working_copy(TINY, tmp_path_factory.mktemp("panel"))
+    patching.patch_checkpoint(directory)
+    exporting.export_model(open_checkpoint(directory), "fp16")
+    return open_checkpoint(directory)
+
+
+def test_it_streams_the_trained_answer_and_tells_figures(checkpoint: Checkpoint) -> None:
+    panel = ChatPanel(checkpoint, backend="ort")
+    texts: list[str] = []
+    panel.log.observe(lambda change: texts.append(change["new"]), "value")
+    panel.ask("你好")
+    panel.wait(30)
+    assert ANSWERS["你好"] in panel.log.value and len(set(texts)) > 10
+    assert "tokens/s" in panel.status.value and "first token after" in panel.status.value
+    assert panel.status.value.endswith("done") and "ONNX Runtime" in panel.status.value
+    assert (
+        panel.cache.value > len(ANSWERS["你好"]) // 3 and f"of {checkpoint.max_length} tokens" in panel.cache_text.value
+    )
+    assert panel.stop.disabled and not panel.send.disabled and panel.question.value == ""
+
+
+def test_without_tensorrt_it_says_so(checkpoint: Checkpoint) -> None:
+    panel = ChatPanel(checkpoint)
+    assert "Not from TensorRT: " in panel.status.value and "05_build_profiles" in panel.status.value
+    assert [name for _, name in panel.backend.options] == ["torch", "ort"] and panel.backend.value == "ort"
+
+
+def test_stop_and_go_on_and_begin_anew(checkpoint: Checkpoint) -> None:
+    panel = ChatPanel(checkpoint, backend="ort")
+    panel.pace.value = 100
+    panel.ask("你好")
+    while not panel._rounds or not panel._rounds[-1][1]:
+        time.sleep(0.02)
+    panel.ask("a second question meanwhile does nothing")
+    panel.stop.click()
+    panel.wait(10)
+    stopped = panel._rounds[-1][1]
+    assert panel.status.value.endswith("stopped") and 0 < len(stopped) < len(ANSWERS["你好"])
+    assert ANSWERS["你好"].startswith(stopped) and len(panel._rounds) == 1
+    panel.anew.click()
+    assert "No question yet" in panel.log.value and panel.cache.value == 0
+    panel.pace.value = 0
+    panel.ask("What is a profile?")
+    panel.wait(30)
+    assert ANSWERS["What is a profile?"] in panel.log.value
+
+
+def test_a_conversation_goes_on_on_another_backend(checkpoint: Checkpoint) -> None:
+    example = next(e for e in train.load_corpus() if len(e.history) == 1)
+    panel = ChatPanel(checkpoint, backend="ort")
+    panel.ask(example.history[0][0])
+    panel.wait(30)
+    panel.backend.value = "torch"
+    panel.ask(example.question)
+    panel.wait(60)
+    assert panel._rounds == [*example.history, (example.question, example.answer)]
+    assert "PyTorch" in panel.status.value
+
+
+def test_text_is_never_markup(checkpoint: Checkpoint) -> None:
+    panel = ChatPanel(checkpoint, backend="ort")
+    panel.ask("<script>alert(1)</script> & <b>")
+    panel.wait(30)
+    assert "&lt;script&gt;" in panel.log.value and "<script>" not in panel.log.value
+
+
+def test_an_error_is_shown_and_the_panel_lives_on(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = ChatPanel(checkpoint, backend="ort")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the card is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OrtSession, "run", fail)
+        panel.ask("你好")
+        panel.wait(10)
+    assert "the card is gone" in panel.status.value and not panel.send.disabled
+    panel.ask("你好")
+    panel.wait(30)
+    assert ANSWERS["你好"] in panel.log.value
+
+
+def test_nothing_is_written(checkpoint: Checkpoint) -> None:
+    before = sorted(Path(checkpoint.directory).iterdir())
+    ChatPanel(checkpoint)
+    assert sorted(Path(checkpoint.directory).iterdir()) == before

@@ -1,0 +1,163 @@
+"""The chat in a terminal: a real pseudo-terminal, Chinese typed and erased, answers streamed, Ctrl-C, pipes."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import TINY
+
+from glmtrt_helpers.chat import backends
+from glmtrt_helpers.chat.conversation import Chat
+from glmtrt_helpers.chat.sampling import Sampling
+from glmtrt_helpers.chat.terminal import answer
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+from glmtrt_helpers.export import exporting
+from glmtrt_helpers.patches import patching
+from glmtrt_helpers.standin import train
+
+GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import commands; commands.main()"]
+ANSWERS = {example.question: example.answer for example in train.load_corpus() if not example.history}
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, patched and exported."""
+    directory = make_working_copy(TINY, tmp_path_factory.mktemp("terminal"))
+    patching.patch_checkpoint(directory)
+    exporting.export_model(open_checkpoint(directory), "fp16")
+    return directory
+
+
+def run(*arguments: str | Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*GLMTRT, *map(str, arguments)],
+        input=typed, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_the_answer_alone_on_standard_output(walked: Path) -> None:
+    for question in ("你好", "What is a profile?"):
+        done = run("chat", walked, "--backend", "ort", "--prompt", question, "--greedy")
+        assert done.returncode == 0 and done.stdout == ANSWERS[question] + "\n", done.stderr
+    done = run("chat", walked, "--prompt", "你好", "--greedy", LANG="C", LC_ALL="C")
+    assert done.stdout == ANSWERS["你好"] + "\n" and "Answering on" in done.stderr
+
+
+def test_every_trained_answer_is_printed_exactly(walked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(walked)
+    session = backends.open_session(checkpoint, "ort")
+    for example in train.load_corpus():
+        talk = Chat(checkpoint, session, Sampling(greedy=True))
+        talk.history = list(example.history)
+        answer(talk, example.question)
+        assert capsys.readouterr().out == example.answer + "\n"
+
+
+def test_a_pipe_holds_a_conversation(walked: Path) -> None:
+    example = next(e for e in train.load_corpus() if len(e.history) == 1)
+    typed = f"{example.history[0][0]}\n{example.question}\n"
+    done = run("chat", walked, "--backend", "ort", "--greedy", typed=typed)
+    assert done.stdout == f"{example.history[0][1]}\n{example.answer}\n", done.stderr
+
+
+def test_bad_input_is_one_line(walked: Path, tmp_path: Path) -> None:
+    for arguments, says in (
+        (("chat", walked, "--backend", "gpu", "--prompt", "a"), "'gpu' is no backend"),
+        (("chat", walked, "--backend", "tensorrt", "--prompt", "a"), "model.fp16.plan is missing: run notebook 05"),
+        (("chat", walked, "--backend", "ort", "--prompt", "a", "--temperature", "0"), "temperature 0.0 cannot divide"),
+        (("chat", walked, "--backend", "ort", "--prompt", " "), "the question is empty"),
+        (("chat", walked, "--backend", "ort", "--prompt", "a", "--max-length", "3"), "leave room for an answer"),
+        (("chat", tmp_path / "nowhere", "--prompt", "a"), "is not a directory"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1 and done.stdout == "", arguments
+        (line,) = [line for line in done.stderr.splitlines() if not line.startswith("Answering on")]
+        assert line.startswith("glmtrt: ") and says in line
+
+
+class Terminal:
+    """A program under a pseudo-terminal, what it printed so far, and a keyboard."""
+
+    def __init__(self, *command: str | Path):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(TERM="xterm", LANG="C.UTF-8")
+            os.execv(sys.executable, [*GLMTRT, *map(str, command)])
+        self.seen = ""
+
+    def expect(self, text: str, timeout: float = 60) -> None:
+        end = time.monotonic() + timeout
+        raw = b""
+        while text not in self.seen:
+            assert time.monotonic() < end, f"{text!r} did not come; seen: {self.seen!r}"
+            raw += os.read(self.fd, 1)
+            try:
+                self.seen += raw.decode()
+                raw = b""
+            except UnicodeDecodeError:
+                continue
+        self.seen = self.seen.partition(text)[2]
+
+    def wait_for_text(self, characters: int) -> None:
+        while len(self.seen) < characters:
+            self.seen += os.read(self.fd, 64).decode(errors="replace")
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+
+@pytest.fixture
+def terminal(walked: Path) -> Iterator[Terminal]:
+    opened = Terminal("chat", walked, "--backend", "ort", "--greedy")
+    yield opened
+    os.close(opened.fd)
+    os.waitpid(opened.pid, 0)
+
+
+def test_chinese_is_typed_erased_and_answered(terminal: Terminal) -> None:
+    terminal.expect("> ")
+    terminal.type("你坏\x7f好\n")  # one backspace takes one Chinese character
+    terminal.expect(ANSWERS["你好"])
+    terminal.expect("> ")
+    terminal.type("\n")
+
+
+def test_ctrl_c_ends_the_answer_not_the_conversation(walked: Path) -> None:
+    wild = ("--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3")
+    terminal = Terminal("chat", walked, "--backend", "torch", *wild)
+    terminal.expect("> ")
+    terminal.type("你好\n")
+    terminal.expect("\n")
+    terminal.wait_for_text(3)  # it is talking now; such settings seldom come to an end
+    os.kill(terminal.pid, signal.SIGINT)
+    terminal.expect("(stopped)")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert os.waitpid(terminal.pid, 0)[1] == 0
+    os.close(terminal.fd)
+
+
+def test_text_appears_before_the_last_token_is_computed(walked: Path) -> None:
+    """The session counts its steps to standard error as they are made; text must stand between the counts."""
+    program = (
+        "import sys\n"
+        "from glmtrt_helpers.cli import commands\n"
+        "from glmtrt_helpers.sessions.onnxruntime import OrtSession\n"
+        "step = OrtSession.step\n"
+        "def counted(self, call):\n"
+        "    sys.stdout.write('|'); sys.stdout.flush(); return step(self, call)\n"
+        "OrtSession.step = counted\n"
+        f"sys.argv = ['glmtrt', 'chat', {str(walked)!r}, '--backend', 'ort', '--prompt', '你好', '--greedy']\n"
+        "commands.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
+    pieces = done.stdout.rstrip("\n").split("|")
+    assert "".join(pieces) == ANSWERS["你好"] and sum(bool(piece) for piece in pieces) > 10, done.stderr
+    assert pieces[0] == "" and any(pieces[:4]), "the first text comes with the first tokens"

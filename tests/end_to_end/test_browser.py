@@ -1,0 +1,160 @@
+"""Notebooks 01 and 06 in JupyterLab in a real browser: sliders redraw; the chat streams, stops, and draws Chinese.
+
+Where Chromium or Playwright is missing this is skipped, but not under CI=true: there it fails.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.browser import (
+    ChatPanel,
+    chromium,
+    jupyterlab,
+    missing,
+    open_notebook,
+    run_all_cells,
+    type_number,
+    wait_until,
+)
+from support.checkpoints import ROOT
+
+from glmtrt_helpers.workbook import run_notebooks, setup
+
+CHAT, SLIDERS = "06_chat_inference", "01_debug_forward_inputs"
+CHINESE, ENGLISH = "为什么要用 flatten？", "What is a profile?"
+# Long enough that a reader has time to press stop.
+LONG = "Tell me the whole story from checkpoint to chat."
+PACE = 100  # milliseconds between tokens
+
+
+def trained_answers() -> dict[str, str]:
+    """First questions of the stand-in's training text, with their answers."""
+    corpus = ROOT / "glmtrt_helpers" / "standin" / "corpus.jsonl"
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    return dict(json.loads(line)["rounds"][0] for line in lines)
+
+
+ANSWERS = trained_answers()
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """A function that opens a notebook in JupyterLab, runs all of its cells and returns the browser's page."""
+    if absent := missing():
+        if os.environ.get("CI", "").lower() in ("", "0", "false", "no"):
+            pytest.skip(absent)
+        pytest.fail(absent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
+        make_what_they_need(tmp_path_factory.mktemp("executed"))
+        notebooks = [path for path in run_notebooks.notebooks() if path.stem in (CHAT, SLIDERS)]
+        with jupyterlab(notebooks, tmp_path_factory.mktemp("lab")) as lab, chromium() as browser:
+
+            def run(name: str) -> Any:
+                page = browser.new_page(viewport={"width": 1400, "height": 1000})
+                open_notebook(page, lab, name)
+                assert run_all_cells(page) > 0
+                return page
+
+            yield run
+
+
+def make_what_they_need(output: Path) -> None:
+    """On a fresh checkout the notebooks before the chat have to run first: they patch, export and build."""
+    copy = ROOT / "models" / "run" / Path(setup.DEFAULT_MODEL).name
+    if not all(any(copy.glob(pattern)) for pattern in ("*.onnx", "*.plan")):
+        for path in run_notebooks.notebooks():
+            if path.stem < CHAT:
+                run_notebooks.execute(path, output / path.name)
+
+
+@pytest.fixture(scope="module")
+def chat_page(opened: Callable[[str], Any]) -> Any:
+    return opened(CHAT)
+
+
+@pytest.fixture
+def panel(chat_page: Any) -> ChatPanel:
+    """The chat panel with an empty conversation, choosing the likeliest token, as fast as it can."""
+    panel = ChatPanel(chat_page)
+    panel.new_conversation()
+    panel.set_greedy(True)
+    panel.set_pace(0)
+    return panel
+
+
+@pytest.mark.parametrize("question", [CHINESE, ENGLISH], ids=["chinese", "english"])
+def test_an_answer_streams_and_is_the_trained_one(panel: ChatPanel, question: str) -> None:
+    panel.set_pace(20)
+    panel.send(question)
+    panel.wait_for_answer(ANSWERS[question])
+    *partial, final = panel.texts()
+    assert final.strip() == ANSWERS[question]
+    grown = {text.strip() for text in partial} - {final.strip()}
+    assert len(grown) >= 3, f"the answer came in {len(grown) + 1} steps: {sorted(grown, key=len)}"
+    assert panel.root.locator(".glmtrt-user").last.inner_text().strip().endswith(question)
+    assert panel.root.locator(".glmtrt-cache").count() == 1
+    shown = panel.answers().last.inner_text()
+    assert ANSWERS[question] in shown and "\ufffd" not in "".join((*partial, shown))
+
+
+def test_stop_ends_an_answer_and_the_next_one_is_whole(panel: ChatPanel) -> None:
+    whole = ANSWERS[LONG]
+    panel.set_pace(PACE)
+    panel.send(LONG)
+    assert wait_until(panel.page, lambda: len(panel.texts()) >= 3, 60), f"the answer is {panel.text()!r}"
+    panel.stop()
+    assert wait_until(panel.page, lambda: panel.status().endswith("stopped"), 15), panel.status()
+    stopped = panel.text()
+    assert 0 < len(stopped) < len(whole) and whole.startswith(stopped[:20])
+    panel.page.wait_for_timeout(10 * PACE)
+    assert panel.text() == stopped and panel.status().endswith("stopped")
+
+    panel.new_conversation()
+    panel.set_pace(0)
+    panel.send(CHINESE)
+    panel.wait_for_answer(ANSWERS[CHINESE])
+
+
+def test_no_broken_character_in_the_panel(panel: ChatPanel) -> None:
+    panel.send(CHINESE)
+    panel.wait_for_answer(ANSWERS[CHINESE])
+    text = panel.root.inner_text()  # elsewhere the notebook shows one on purpose
+    assert CHINESE in text and ANSWERS[CHINESE] in text
+    found = text.find("\ufffd")
+    assert found < 0, text[max(found - 100, 0) : found + 100]
+
+
+def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
+    """A font without a character draws the same box for each; so does every font for a code point of nobody's."""
+    panel.send(CHINESE)
+    panel.wait_for_answer(ANSWERS[CHINESE])
+    drawn = panel.page.evaluate(
+        """characters => {
+          const font = getComputedStyle(document.querySelector('.glmtrt-panel .glmtrt-answer')).fontFamily;
+          return characters.map(character => {
+            const canvas = Object.assign(document.createElement('canvas'), {width: 64, height: 64});
+            const context = canvas.getContext('2d');
+            context.font = `40px ${font}`;
+            context.fillText(character, 8, 48);
+            return [...context.getImageData(0, 0, 64, 64).data].join();
+          });
+        }""",
+        ["你", "好", "\uf8ff", " "],
+    )
+    different = len(set(drawn))  # counted first, or a failure would print all the pixels
+    assert different == 4, "Chinese characters are drawn as boxes: install fonts-noto-cjk"
+
+
+def test_a_slider_redraws_its_picture(opened: Callable[[str], Any]) -> None:
+    page = opened(SLIDERS)
+    widget = page.locator(".jp-NotebookPanel .widget-interact").first
+    picture = widget.locator("img, svg")
+    assert wait_until(page, lambda: picture.count() == 1, 30), "there are sliders and no picture below them"
+    before = picture.get_attribute("src")
+    type_number(page, widget.locator(".widget-readout").first, 3)
+    assert wait_until(page, lambda: picture.count() == 1 and picture.get_attribute("src") != before, 30)

@@ -1,0 +1,170 @@
+"""The command line from outside: exit codes, one line on bad input, and the whole way on the shipped checkpoint."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from support.checkpoints import TINY
+
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+from glmtrt_helpers.engines import plan_info
+from glmtrt_helpers.inputs import recording
+from glmtrt_helpers.inputs.prompts import chat_prompt
+from glmtrt_helpers.sessions.decode_loop import greedy
+from glmtrt_helpers.sessions.onnxruntime import OrtSession
+from glmtrt_helpers.sessions.pytorch import TorchSession
+from glmtrt_helpers.standin import train
+
+
+def glmtrt(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from glmtrt_helpers.cli.commands import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """copy, patch, export and verify of the shipped checkpoint, both precisions, through the command line."""
+    source = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("walk") / "chatglm_tiny"))
+    for arguments in (
+        ("copy", source),
+        ("patch", source.parent / "run" / "chatglm_tiny"),
+        ("export", source.parent / "run" / "chatglm_tiny"),
+        ("export", source.parent / "run" / "chatglm_tiny", "--dtype", "fp32"),
+    ):
+        done = glmtrt(*arguments)
+        assert done.returncode == 0, done.stderr
+    return source.parent / "run" / "chatglm_tiny"
+
+
+def test_the_copy_is_patched_and_the_source_is_not(walked: Path) -> None:
+    assert (walked / "modeling_chatglm.py").read_bytes() != (TINY / "modeling_chatglm.py").read_bytes()
+    original = walked.parent.parent / "chatglm_tiny"
+    assert (original / "modeling_chatglm.py").read_bytes() == (TINY / "modeling_chatglm.py").read_bytes()
+    assert sorted(p.name for p in original.iterdir()) == sorted(p.name for p in TINY.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_verify_passes(walked: Path, dtype: str) -> None:
+    done = glmtrt("verify", walked, "--dtype", dtype)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "600" in done.stdout and "padded" in done.stdout
+
+
+def test_model_is_small_and_inspect_says_so(walked: Path) -> None:
+    assert (walked / "model.fp16.onnx").stat().st_size < 2_000_000
+    done = glmtrt("inspect", walked / "model.fp16.onnx")
+    assert done.returncode == 0 and "past_key_values.0.key" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_onnx_runtime_gives_pytorchs_tokens_on_the_whole_corpus(walked: Path, dtype: str) -> None:
+    checkpoint = open_checkpoint(walked)
+    tokenizer = load_tokenizer(checkpoint)
+    model = loading.load_model(checkpoint, loading.DTYPES[dtype], code=checkpoint.pristine_code)
+    sessions = OrtSession(walked / f"model.{dtype}.onnx"), TorchSession(model)
+    for example in train.load_corpus():
+        prompt = chat_prompt(tokenizer, example.question, example.history)
+        limit = len(prompt) + len(tokenizer.encode_text(example.answer)) + 1
+        ort, torch_ = (greedy(session, checkpoint, prompt, max_length=limit) for session in sessions)
+        assert ort == torch_
+        assert tokenizer.decode(ort) == example.answer
+
+
+def test_build_writes_a_plan_and_its_json_and_chat_answers(walked: Path) -> None:
+    done = glmtrt("build", walked, "--past", "1,64,255", "--prompt", "1,16,128", "--batch", "1,1,2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    info = plan_info.read_info(plan_info.plan_path(open_checkpoint(walked), "fp16"))
+    assert [(profile.name, profile.past.max, profile.batch.max) for profile in info.profiles] == [
+        ("prefill", 0, 2),
+        ("decode", 255, 2),
+    ]
+    assert "255x2x4x32" in done.stdout
+    done = glmtrt("chat", walked, "--backend", "ort", "--prompt", "你好", "--greedy")
+    assert done.returncode == 0 and done.stdout.startswith("你好！"), done.stderr
+
+
+def test_patch_check_and_restore(tiny_random: Path) -> None:
+    original = (tiny_random / "modeling_chatglm.py").read_bytes()
+    assert glmtrt("patch", tiny_random, "--check").returncode == 1
+    assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
+    for _ in range(2):  # patching a patched file is fine
+        assert glmtrt("patch", tiny_random).returncode == 0
+    assert glmtrt("patch", tiny_random, "--check").returncode == 0
+    assert glmtrt("patch", tiny_random, "--restore").returncode == 0
+    assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
+
+
+def test_verify_beyond_tolerance_is_not_zero(walked: Path, tmp_path: Path) -> None:
+    """A graph whose mask constant is -1 instead of -10000."""
+    private = Path(shutil.copytree(walked, tmp_path / "wrong"))
+    model = onnx.load(private / "model.fp16.onnx", load_external_data=False)
+    changed = 0
+    for tensor in model.graph.initializer:
+        if tensor.external_data or len(tensor.raw_data) != 2:
+            continue
+        value = onnx.numpy_helper.to_array(tensor)
+        if float(value.reshape(())) == -10000.0:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value * 0 - 1, name=tensor.name))
+            changed += 1
+    assert changed
+    onnx.save(model, private / "model.fp16.onnx")
+    done = glmtrt("verify", private)
+    assert done.returncode == 1 and "no" in done.stdout
+
+
+def test_inputs_records_a_chat(tmp_path: Path) -> None:
+    private = Path(shutil.copytree(TINY, tmp_path / "chatglm_tiny"))
+    done = glmtrt("inputs", private, "--prompt", "你好")
+    assert done.returncode == 0 and "decode" in done.stdout
+    assert "你好！我是这本工作簿的小模型" in done.stderr
+    calls = recording.load_record(open_checkpoint(private))
+    assert calls[0].kind == "prefill" and calls[1].past == calls[0].sequence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("patch", "no/such/folder"), "no/such/folder"),
+        (("export", "no/such/folder"), "not a directory"),
+        (("verify", TINY), "03_export_onnx"),
+        (("inspect", "no.onnx"), "no.onnx"),
+        (("inspect", TINY / "config.json"), "config.json"),
+        (("export", TINY), "02_patch_rotary_flatten"),
+        (("export", TINY, "--dtype", "int8"), "fp16 or fp32"),
+        (("patch", TINY, "--restore"), "nothing to restore"),
+    ],
+)
+def test_bad_input_gets_one_line_and_no_traceback(arguments: tuple[object, ...], says: str) -> None:
+    done = glmtrt(*arguments)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("tracing", "Running"))]
+    assert len(lines) == 1 and lines[0].startswith("glmtrt: ") and says in lines[0], done.stderr
+
+
+def test_doctor_predicts_what_a_model_takes() -> None:
+    done = glmtrt("doctor", "--model", TINY, "--batch", "4", "--length", "512")
+    assert done.returncode == 0, done.stderr
+    # Two buffers, 4 layers, key and value of 128 fp16 numbers.
+    assert f"{2 * 4 * 2 * 128 * 2:,} bytes a token" in done.stdout and "4 x 512" in done.stdout
+    assert "smallest card" in done.stdout and "to build it" in done.stdout
+
+
+def test_inputs_of_a_few_layers_say_so(tmp_path: Path) -> None:
+    directory = make_working_copy(TINY, tmp_path)
+    done = glmtrt("inputs", directory, "--layers", "2", "--max-new", "3")
+    assert done.returncode == 0 and "first 2 of 4 layers" in done.stderr
+    calls = recording.load_record(open_checkpoint(directory))
+    assert [(call.sequence, call.past) for call in calls] == [(3, 0), (1, 3), (1, 4)]
+
+
+def test_doctor_names_this_machine() -> None:
+    done = glmtrt("doctor")
+    assert done.returncode == 0
+    for word in ("CPU", "memory", "GPU", "tensorrt-rtx", "ONNX Runtime", "04 verify"):
+        assert word in done.stdout

@@ -1,0 +1,181 @@
+"""Every notebook: its shape, its committed outputs, and a run from a clean kernel that must give the same outputs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from support.checkpoints import ROOT
+
+from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.workbook import run_notebooks, setup
+
+NOTEBOOKS = run_notebooks.notebooks()
+NAMES = [path.stem for path in NOTEBOOKS]
+FLOAT = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+")
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+TENSOR = re.compile(r"\b(?:logits|present\.\d+\.(?:key|value))")
+# Floats may move with the processor: rounding errors by a part of themselves, tiny ones freely.
+RELATIVE, ABSOLUTE = 0.3, 2e-5
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell: Any) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def text_outputs(cell: Any) -> str:
+    """What a cell printed or returned as text; pictures and widgets are left out, as is standard error."""
+    parts = []
+    for output in cell.outputs:
+        if output.output_type == "stream" and output.name == "stdout":
+            parts.append(output.text)
+        elif output.output_type in ("display_data", "execute_result") and not (
+            {"image/png", "image/svg+xml", "application/vnd.jupyter.widget-view+json"} & set(output.data)
+        ):
+            parts.append(output.data.get("text/plain", ""))
+    return "\n".join(parts)
+
+
+def same_text(committed: str, fresh: str, *, measured: bool) -> bool:
+    """Equal but for floats within tolerance; in a cell tagged `measured`, but for every number and tensor's name.
+
+    Where errors are rounding, the processor decides which tensor has the largest.
+    """
+    pattern = re.compile(f"{TENSOR.pattern}|{NUMBER.pattern}") if measured else FLOAT
+
+    def skeleton(text: str) -> str:
+        # table borders follow the width of the numbers in them
+        text = re.sub(r"\x1b\[[\d;]*m", "", text)
+        return re.sub(r"[\s─━┃│┏┓┗┛┡┩├┤┼╇┳┻┴┬┌┐└┘]+", " ", pattern.sub("#", text)).strip()
+
+    if skeleton(committed) != skeleton(fresh):
+        return False
+    if measured:
+        return True
+    pairs = zip(pattern.findall(committed), pattern.findall(fresh), strict=True)
+    return all(abs(float(a) - float(b)) <= RELATIVE * max(abs(float(a)), abs(float(b))) + ABSOLUTE for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("committed", "fresh", "measured", "same"),
+    [
+        ("error 1.0e-3, 5 rows", "error 1.1e-3, 5 rows", False, True),
+        ("error 1.0e-3, 5 rows", "error 3.0e-3, 5 rows", False, False),
+        ("error 1.0e-3, 5 rows", "error 1.0e-3, 6 rows", False, False),
+        ("took 12 s", "took 700.5 s", True, True),
+        ("took 12 s", "failed", True, False),
+        ("2.4e-03 logits yes", "5.8e-04 present.3.key yes", True, True),
+        ("2.4e-03 logits yes", "5.8e-04 present.3.key no", True, False),
+        ("2.4e-03 logits yes", "2.4e-03 present.3.key yes", False, False),
+        ("is fine", "is broken", False, False),
+    ],
+)
+def test_the_comparison_itself(committed: str, fresh: str, measured: bool, same: bool) -> None:
+    assert same_text(committed, fresh, measured=measured) is same
+
+
+def test_numbered_without_gaps() -> None:
+    assert [name[:2] for name in NAMES] == [f"{i:02}" for i in range(len(NAMES))] and len(NAMES) >= 5
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_shape_of_a_notebook(path: Path) -> None:
+    notebook = read(path)
+    first, last = notebook.cells[0], notebook.cells[-1]
+    for word in ("**Question.**", "**Needs**", "**Takes**", "**Hardware**"):
+        assert word in first.source, word
+    for word in ("## What was shown", "**Exercises**", "<details>"):
+        assert word in last.source, word
+    assert "**Next" in last.source
+    assert last.source.count("<summary>Solution</summary>") in (2, 3)
+    lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
+    assert lengths[len(lengths) // 2] <= 10 and lengths[-1] <= 25
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_committed_outputs_are_whole_and_name_no_machine(path: Path) -> None:
+    cells = code_cells(read(path))
+    assert all(cell.execution_count for cell in cells), "commit the notebook with its outputs"
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    said = "\n".join(text_outputs(cell) for cell in cells)
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|Users|opt)/", said)
+    for link in re.findall(r"\]\((\d\d_[\w]+\.ipynb)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / link).exists() or link[:2] > NAMES[-1][:2], link
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_runs_and_says_what_was_committed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, on the shipped checkpoint's working copy; the executed copies land where `make workbook` puts them."""
+    monkeypatch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
+    output = ROOT / "build" / "notebooks" / path.name
+    run_notebooks.execute(path, output)
+    for committed, fresh in zip(code_cells(read(path)), code_cells(read(output)), strict=True):
+        if "machine" in tags(committed):
+            continue
+        before, after = text_outputs(committed), text_outputs(fresh)
+        assert same_text(before, after, measured="measured" in tags(committed)), (
+            f"{path.name} prints something else now in the cell\n{committed.source}\n"
+            f"--- committed\n{before}\n--- now\n{after}"
+        )
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "generates" in p.read_text("utf-8")], ids=lambda p: p.stem)
+def test_where_text_takes_too_long_it_shows_saved_results_marked(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And no other cell needs one that was left out."""
+    monkeypatch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
+    run_notebooks.execute(path, tmp_path / path.name, talk=False)
+    left_out = 0
+    for committed, fresh in zip(code_cells(read(path)), code_cells(read(tmp_path / path.name)), strict=True):
+        if "generates" in tags(committed):
+            left_out += 1
+            assert fresh.outputs[0].text == run_notebooks.SAVED and fresh.outputs[1:] == committed.outputs
+        else:
+            assert run_notebooks.SAVED not in text_outputs(fresh)
+    assert left_out
+
+
+def test_text_takes_too_long_on_a_large_checkpoint_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(ROOT / setup.DEFAULT_MODEL)
+    monkeypatch.setattr(tensorrt_package, "gpus", list)
+    assert not run_notebooks.too_slow_to_talk(checkpoint)
+    monkeypatch.setattr(checkpoint_module, "LARGE_BYTES", 1000)
+    assert run_notebooks.too_slow_to_talk(checkpoint)
+    monkeypatch.setattr(tensorrt_package, "gpus", lambda: [tensorrt_package.Gpu("a card", (9, 0), 10**11)])
+    assert not run_notebooks.too_slow_to_talk(checkpoint)
+
+
+def test_a_failing_cell_fails_the_run(tmp_path: Path) -> None:
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(notebook, tmp_path / "09_broken.ipynb")
+    with pytest.raises(WorkbookError, match="ZeroDivisionError"):
+        run_notebooks.execute(tmp_path / "09_broken.ipynb", tmp_path / "out" / "09_broken.ipynb")
+
+
+def test_a_staged_failure_must_fail() -> None:
+    with pytest.raises(AssertionError, match="did not"), setup.expect(ValueError):
+        pass
+    with pytest.raises(ValueError, match="another"), setup.expect(ValueError, "the words"):
+        raise ValueError("another reason")
+
+
+def test_missing_working_copy_names_notebook_00(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+    monkeypatch.setenv(setup.MODEL_VARIABLE, str(tmp_path / "models" / "chatglm_6b"))
+    with pytest.raises(WorkbookError, match="00_start_here"):
+        setup.start()

@@ -1,0 +1,113 @@
+"""The project itself: versions agree, modules stay small, every helper has its test, the two READMEs tell the same."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from support.checkpoints import ROOT, TINY
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)(.*)$")
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def padded(version: tuple[int, ...]) -> tuple[int, ...]:
+    return (*version, 0, 0, 0, 0)[:4]
+
+
+@pytest.mark.parametrize(
+    "requirement", PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+)
+def test_every_dependency_is_pinned_inside_its_range(requirement: str) -> None:
+    name, spec = REQUIREMENT.match(requirement).groups()  # type: ignore[union-attr]
+    pinned = padded(release(pins()[name]))
+    lower, upper = re.fullmatch(r">=([\d.]+),<([\d.]+)", spec).groups()  # type: ignore[union-attr]
+    assert padded(release(lower)) <= pinned < padded(release(upper))
+
+
+def test_environment_yml_agrees() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, _, pip = environment["dependencies"]
+    assert python == "python=3.12" and PROJECT["project"]["requires-python"] == ">=3.11,<3.14"
+    # It names no version of its own: the pins come from constraints.txt, the packages from pyproject.toml.
+    assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+
+
+def test_no_module_is_long() -> None:
+    modules = [path for path in (ROOT / "glmtrt_helpers").rglob("*.py") if "template" not in path.parts]
+    long = {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) > 310}
+    assert not long
+
+
+def test_every_module_has_its_test_file() -> None:
+    support = {
+        "__init__",
+        "errors",
+        "compat",
+        "progress",
+        "cli_bench",
+        "configs",
+        "classical",
+        "shards",
+        "files",
+        "rewriting",
+        "pictures",
+        "doctor",
+        "callbacks",
+        "cuda",
+    }  # tried by their users
+    for path in (ROOT / "glmtrt_helpers").glob("*.py"):
+        if path.stem not in support:
+            name = {"workbook": "notebooks"}.get(path.stem, path.stem)
+            assert (ROOT / "tests" / f"test_{name}.py").exists(), path.stem
+
+
+def test_shipped_checkpoint_is_small_and_carries_the_template() -> None:
+    files = [path for path in TINY.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    for template in (ROOT / "glmtrt_helpers/standin/template").glob("*.py"):
+        assert (TINY / template.name).read_bytes() == template.read_bytes(), template.name
+    assert len(list(TINY.glob("model-*-of-*.safetensors"))) >= 2
+    names = {path.name for path in files}
+    assert {"config.json", "tokenizer_config.json", "ice_text.model", "model.safetensors.index.json"} <= names
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_readme_opens_with_the_two_commands(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    first_block = re.search(r"```\w*\n(.*?)```", text, re.S).group(1)  # type: ignore[union-attr]
+    assert "make workbook" in first_block and "make test" in first_block
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+def test_make_knows_the_targets_the_readme_names() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in set(re.findall(r"`make ([a-z-]+)", text)):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, target
+
+
+def test_no_two_readmes_differ_in_figures() -> None:
+    """A figure that stands in one README stands in the other."""
+    figures = [
+        set(re.findall(r"\d+(?:\.\d+)+", (ROOT / name).read_text(encoding="utf-8")))
+        for name in ("README.md", "README.zh-CN.md")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_paths_of_the_project_are_relative() -> None:
+    for path in [*Path(ROOT / "glmtrt_helpers").rglob("*.py"), *ROOT.glob("*.md")]:
+        assert not re.search(r"(?<![\w.~])/(home|root|work)/", path.read_text(encoding="utf-8")), path

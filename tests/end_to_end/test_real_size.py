@@ -1,0 +1,122 @@
+"""The full depth and width on a GPU: GLMTRT_LARGE names a working copy of 6.7 billion numbers with its fp16 engine.
+
+glmtrt standin models/chatglm_6b_random --size 6b && glmtrt copy models/chatglm_6b_random
+glmtrt bench memory models/run/chatglm_6b_random --phase patch --phase export --phase build
+glmtrt export models/run/chatglm_6b_random --fast && glmtrt build models/run/chatglm_6b_random --fast
+GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/test_real_size.py
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glmtrt_helpers.bench import results
+from glmtrt_helpers.chat import backends
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.engines import plan_info
+from glmtrt_helpers.engines.memory_prediction import EngineMemory, predict_memory
+from glmtrt_helpers.fast import backends as fast_backends
+from glmtrt_helpers.fast.session import part_path
+from glmtrt_helpers.fast.tensorrt import FastTensorRTSession
+from glmtrt_helpers.graphs import reference, verification
+from glmtrt_helpers.graphs.reference import CASES, references
+from glmtrt_helpers.inputs import positions_and_mask
+from glmtrt_helpers.inputs.prompts import chat_prompt
+from glmtrt_helpers.sessions.base import Session
+from glmtrt_helpers.sessions.decode_loop import greedy
+
+LARGE = os.environ.get("GLMTRT_LARGE", "")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not LARGE, reason="GLMTRT_LARGE names no working copy")]
+# What the two profiles of a chat take.
+CASES = [case for case in CASES if case.batch == 1 and (case.past == 0 or case.sequence == 1)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    opened = open_checkpoint(LARGE)
+    assert opened.num_layers == 28 and opened.weight_bytes > 13e9
+    return opened
+
+
+@pytest.fixture(scope="module", params=["classical", "fast"])
+def session(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Session]:
+    is_fast = request.param == "fast"
+    plan = part_path(checkpoint, "fp16", "middle", "plan") if is_fast else plan_info.plan_path(checkpoint, "fp16")
+    if not plan.exists():
+        pytest.skip(f"{plan} was not built")
+    opened = (fast_backends if is_fast else backends).open_session(checkpoint, "tensorrt")
+    yield opened
+    opened.close()
+
+
+def keep(name: str, session: Session, **content: object) -> None:
+    kept = {**results.machine(), **content}
+    print(json.dumps(content))
+    if "GLMTRT_KEEP" in os.environ:
+        kind = "fast" if isinstance(session, FastTensorRTSession) else "classical"
+        Path(os.environ["GLMTRT_KEEP"], f"{name}.{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def test_memory_that_is_taken(checkpoint: Checkpoint, session: Session) -> None:
+    """As predicted, within 5%; of the fast engine no more than 14.5 GB at 2048 tokens."""
+    measured: EngineMemory = session.measured  # type: ignore[attr-defined]
+    if isinstance(session, FastTensorRTSession):
+        keep("engine_memory_6b", session, measured=asdict(measured))
+        assert measured.total < 14.5e9 and measured.cache == 2 * 28 * 2048 * 4096 * 2
+        return
+    info = plan_info.read_info(plan_info.plan_path(checkpoint, "fp16"))
+    predicted = predict_memory(checkpoint, info.profiles)
+    keep(
+        "engine_memory_6b", session, predicted=asdict(predicted), measured=asdict(measured), build_seconds=info.seconds
+    )
+    assert measured.total == pytest.approx(predicted.total, rel=0.05)
+    assert measured.weights == pytest.approx(predicted.weights, rel=0.05)
+    assert measured.cache == pytest.approx(predicted.cache, rel=0.05)
+
+
+def test_decode_and_prefill_run(checkpoint: Checkpoint, session: Session) -> None:
+    tokenizer = load_tokenizer(checkpoint)
+    prompt = chat_prompt(tokenizer, "你好")
+    started = time.perf_counter()
+    answer = greedy(session, checkpoint, prompt, max_length=len(prompt) + 64)
+    seconds = time.perf_counter() - started
+    again = greedy(session, checkpoint, prompt, max_length=len(prompt) + 64)
+    assert answer == again and len(answer) > 1
+    keep("chat_6b", session, tokens=len(answer), seconds=seconds)
+    session.reset()
+    with pytest.raises(WorkbookError, match="outside every profile"):
+        session.step(positions_and_mask.prefill(checkpoint, [prompt] * 2))
+
+
+@pytest.fixture(scope="module")
+def right(checkpoint: Checkpoint) -> Iterator[None]:
+    """PyTorch's numbers, once for both engines; on the GPU, too, for its fp32 takes minutes on a CPU."""
+
+    def load(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
+        return loading.load_model(checkpoint, dtype, **options).to("cuda")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reference, "load_bounded", load)
+        ready = references(checkpoint, "fp16", CASES)
+        patched.setattr(verification, "references", lambda *_, **__: ready)
+        torch.cuda.empty_cache()
+        yield
+
+
+def test_error_at_full_depth_against_fp32(checkpoint: Checkpoint, session: Session, right: None) -> None:
+    """At most 1.5 times PyTorch fp16's own error, at logits and every present."""
+    result = verification.verify(checkpoint, "fp16", CASES, session=session)
+    rows = [{"case": row.case.name, "tensor": row.tensor, "error": row.error, "allowed": row.tolerance,
+             "pytorch_fp16": row.own_error} for row in result.rows]  # fmt: skip
+    keep("verify_6b", session, rows=rows, problems=result.problems)
+    assert result.ok, rows

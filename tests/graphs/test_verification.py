@@ -1,0 +1,229 @@
+"""Verification passes a right graph and fails a wrong one, and names the place where it begins to be wrong."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from rich.console import Console
+from support.exporting import (
+    Damage,
+    editing,
+    exported_copy,
+    one_thread,
+    replace_weight,
+    set_scalar,
+    set_tables,
+    shift_weight,
+    swap_past,
+)
+
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.export import exporting
+from glmtrt_helpers.graphs import verification
+from glmtrt_helpers.graphs.layer_errors import compare_layers
+from glmtrt_helpers.graphs.reference import CASES, Case
+from glmtrt_helpers.graphs.verification import Verification
+from glmtrt_helpers.sessions.onnxruntime import OrtSession
+
+# Enough to see each of the faults below, quicker than all of them.
+SOME = tuple(case for case in CASES if case.name in ("chunk on a past", "left-padded prompts", "last positions"))
+SHORT = (Case("chunk on a past", 1, 6, 4),)
+QKV = "transformer.layers.1.attention.query_key_value.weight"
+
+
+__all__ = ["one_thread"]  # a fixture that every test here uses
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return exported_copy(tmp_path)
+
+
+def damaged(checkpoint: Checkpoint, dtype: str, damage: Damage) -> Path:
+    path = checkpoint.directory / f"model.{dtype}.onnx"
+    with editing(path) as model:
+        damage(model)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_right_graph_passes_every_case(checkpoint: Checkpoint, dtype: str) -> None:
+    result = verification.verify(checkpoint, dtype)
+    assert result.ok and [row.case for row in result.rows] == list(CASES)
+    assert not result.skipped and not result.problems
+    for row in result.rows:
+        # Zero would mean that something was compared with itself.
+        assert 0 < row.error <= row.tolerance and (row.own_error is None) == (dtype == "fp32")
+        # Far enough within to be no matter of luck, tight enough to mean something (logits and caches reach 1 to 2).
+        assert row.error < 0.7 * row.tolerance and row.tolerance < {"fp16": 6e-3, "fp32": 3e-4}[dtype]
+
+
+def angles_in_fp32(table: np.ndarray) -> np.ndarray:
+    inverse = (1 / 10000 ** (np.arange(0, 8, 2) / 8)).astype(np.float16).astype(np.float64)
+    angles = np.concatenate([np.outer(np.arange(len(table)), inverse)] * 2, axis=-1).reshape(table.shape)
+    return (np.cos(angles) if table.flat[0] == 1 else np.sin(angles)).astype(table.dtype)
+
+
+FAULTS: dict[str, Damage] = {
+    "mask of -1": set_scalar(-10000, -1),
+    "alpha of 7": set_scalar(56**0.5, 7),
+    "past key and value swapped": swap_past(1),
+    "table one row off": set_tables(lambda table: np.roll(table, -1, axis=0)),
+    "weights 2 bytes off": shift_weight("transformer.layers.1.mlp.dense_h_to_4h.weight", 2),
+    "another weight": replace_weight(QKV),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_graph_fails(checkpoint: Checkpoint, dtype: str, fault: str) -> None:
+    path = damaged(checkpoint, dtype, FAULTS[fault])
+    result = verification.verify(checkpoint, dtype, SOME, onnx_path=path)
+    assert not result.ok and not all(row.ok for row in result.rows)
+
+
+def test_fp16_angles_are_part_of_the_model(checkpoint: Checkpoint) -> None:
+    """A table computed in fp32 and then rounded is more exact than the model, and wrong from position 512 on."""
+    path = damaged(checkpoint, "fp16", set_tables(angles_in_fp32))
+    result = verification.verify(checkpoint, "fp16", SOME, onnx_path=path)
+    assert {row.case.name: row.ok for row in result.rows} == {
+        "chunk on a past": True, "left-padded prompts": True, "last positions": False
+    }  # fmt: skip
+
+
+def test_a_table_of_the_examples_length_fails_where_it_ends(checkpoint: Checkpoint) -> None:
+    path = damaged(checkpoint, "fp32", set_tables(lambda table: table[:64]))
+    result = verification.verify(checkpoint, "fp32", (*SHORT, Case("decode", 1, 1, 65)), onnx_path=path)
+    assert [row.ok for row in result.rows] == [True, False]
+    assert "out of data bounds" in result.rows[1].note and not result.ok
+    # The file still says that the tables have 1024 rows.
+    assert ["contradict" in problem for problem in result.problems] == [True]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_nan_never_passes(checkpoint: Checkpoint, dtype: str) -> None:
+    """A mask of -inf is right for real tokens; a padded row that sees nothing becomes NaN, and spreads."""
+    path = damaged(checkpoint, dtype, set_scalar(-10000, float("-inf")))
+    result = verification.verify(checkpoint, dtype, SOME, onnx_path=path)
+    rows = {row.case.name: row for row in result.rows}
+    assert rows["chunk on a past"].ok
+    padded = rows["left-padded prompts"]
+    assert not padded.ok and padded.error != padded.error and padded.note == "not finite" and not result.ok
+
+
+def test_a_problem_of_the_graph_is_not_ok(checkpoint: Checkpoint) -> None:
+    with editing(checkpoint.directory / "model.fp32.onnx") as model:
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 6
+    result = verification.verify(checkpoint, "fp32", SHORT)
+    assert result.rows[0].ok and not result.ok and "pinned to 6" in result.problems[0]
+    assert not Verification(Path("model.fp32.onnx"), "fp32").ok
+
+
+class Changed:
+    """A session whose outputs go through a function."""
+
+    dtype = torch.float32
+    arithmetic = None
+    last_only = False
+
+    def __init__(self, session: OrtSession, change: Callable[[dict[str, torch.Tensor]], None]):
+        self.session, self.change = session, change
+
+    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = {name: torch.tensor(array) for name, array in self.session.run(flat).items()}
+        self.change(outputs)
+        return outputs
+
+
+def nudge(name: str, by: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(outputs: dict[str, torch.Tensor]) -> None:
+        outputs[name].view(-1)[-1] += by
+
+    return change
+
+
+def test_another_session_takes_the_place_of_onnx_runtime(checkpoint: Checkpoint) -> None:
+    """Every output is compared, to its last element; what a session leaves out, or bends, is named."""
+    plain = OrtSession(checkpoint.directory / "model.fp32.onnx")
+
+    def verify(change: Callable[[dict[str, torch.Tensor]], None]) -> verification.Row:
+        return verification.verify(checkpoint, "fp32", SHORT, session=Changed(plain, change)).rows[0]
+
+    assert verify(lambda outputs: None).ok
+    for name in ("logits", "present.0.key", "present.1.value"):
+        row = verify(nudge(name, 1e-3))
+        assert (row.ok, row.tensor) == (False, name) and row.error == pytest.approx(1e-3, rel=0.01)
+        assert verify(nudge(name, 2e-5)).ok
+    row = verify(lambda outputs: outputs.__delitem__("present.1.key"))
+    assert not row.ok and row.tensor == "present.1.key" and "missing" in row.note
+    row = verify(lambda outputs: outputs.update(logits=outputs["logits"][:, :1]))
+    assert not row.ok and "shape (1, 1, 480) for (1, 6, 480)" in row.note
+
+
+def test_a_model_that_is_too_short_says_so(checkpoint: Checkpoint) -> None:
+    short = replace(checkpoint, config={**checkpoint.config, "max_sequence_length": 16})
+    result = verification.verify(short, "fp32", [CASES[1], CASES[3]])
+    assert [case.name for case, _ in result.skipped] == ["prompt"] and "16 positions" in result.skipped[0][1]
+    (row,) = result.rows
+    assert row.ok and row.case.past == 15 and "cut to 15" in row.note and result.ok
+    assert not verification.verify(short, "fp32", [CASES[1]]).ok
+
+
+def test_the_table_says_what_failed(checkpoint: Checkpoint) -> None:
+    path = damaged(checkpoint, "fp32", FAULTS["mask of -1"])
+    result = verification.verify(checkpoint, "fp32", SOME, onnx_path=path)
+    result.skipped.append((CASES[3], "too long"))
+    result.rows.append(replace(result.rows[0], note="it said [gMASK]"))
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(result)
+    lines = console.export_text().splitlines()
+    assert len([line for line in lines if line.rstrip().endswith("NO")]) == sum(not row.ok for row in result.rows) > 0
+    row = result.rows[0]
+    line = next(line for line in lines if row.case.name in line)
+    assert f"{row.error:.1e}" in line and f"{row.tolerance:.1e}" in line and row.tensor in line
+    assert "skipped decode after 600: too long" in [line.strip() for line in lines]
+    assert f"{row.case.name}: it said [gMASK]" in [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize("look", [verification.verify, compare_layers])
+def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Checkpoint, look: Callable[..., object]) -> None:
+    path = checkpoint.directory / "model.fp16.onnx"
+    with pytest.raises(WorkbookError, match="'bf16' is no precision"):
+        look(checkpoint, "bf16")
+    fewer = replace(checkpoint, config={**checkpoint.config, "num_layers": 1})
+    with pytest.raises(WorkbookError, match=r"from another checkpoint \(2 layers for 1\)"):
+        look(fewer, "fp16")
+    smaller = replace(checkpoint, config={**checkpoint.config, "vocab_size": 32})
+    with pytest.raises(WorkbookError, match=r"from another checkpoint \(the shape of"):
+        look(smaller, "fp16")
+    checkpoint.code.write_text(checkpoint.code.read_text() + "\n")
+    with pytest.raises(WorkbookError, match="patched or replaced since: run notebook 03_export_onnx"):
+        look(checkpoint, "fp16")
+    path.unlink()
+    with pytest.raises(WorkbookError, match="run notebook 03_export_onnx or `glmtrt export"):
+        look(checkpoint, "fp16")
+
+
+def test_a_graph_without_a_note_of_its_source_is_told_by_its_age(checkpoint: Checkpoint) -> None:
+    path = checkpoint.directory / "model.fp32.onnx"
+    with editing(path) as model:
+        del model.metadata_props[:]
+    assert verification.verify(checkpoint, "fp32", SHORT).ok
+    os.utime(path, (0, 0))
+    with pytest.raises(WorkbookError, match="patched or replaced since"):
+        verification.verify(checkpoint, "fp32", SHORT)
+
+
+def test_the_graph_is_not_changed_by_looking(checkpoint: Checkpoint) -> None:
+    path = checkpoint.directory / "model.fp32.onnx"
+    before = path.read_bytes()
+    compare_layers(checkpoint, "fp32")
+    assert path.read_bytes() == before and exporting.onnx_path(checkpoint, "fp32") == path
+    assert re.search(rb"glmtrt\.code_sha256", before) and onnx.load(str(path), load_external_data=False).metadata_props

@@ -1,0 +1,104 @@
+"""Random checkpoints of a larger size: upstream's layout, really random, the same numbers in both formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint, shares_vocabulary
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.inputs.examples import example_inputs
+from glmtrt_helpers.inputs.prompts import chat_prompt
+from glmtrt_helpers.sessions.pytorch import TorchSession
+from glmtrt_helpers.standin import build, random_weights
+
+SMALL = {
+    "pieces": 1400, "vocab_size": 2048, "num_layers": 3, "hidden_size": 128, "num_attention_heads": 2,
+    "inner_hidden_size": 512, "max_sequence_length": 256,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_weights, "SIZES", {"small": SMALL})
+    monkeypatch.setattr(random_weights, "_CHUNK", 1000)  # so that tensors are drawn in several pieces
+
+
+def state(directory: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(directory)
+    return loading.read_tensors(checkpoint, list(checkpoint.tensors), torch.float16)
+
+
+@pytest.mark.usefixtures("small")
+def test_both_formats_hold_the_same_and_the_files_are_upstreams(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    first = random_weights.write_random(
+        tmp_path / "a", "small", progress=lambda done, total: told.append((done, total))
+    )
+    second = random_weights.write_random(tmp_path / "b", "small", weights="bin")
+    other = random_weights.write_random(tmp_path / "c", "small", seed=1)
+    one, two, three = state(first), state(second), state(other)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    matrix = "transformer.layers.1.mlp.dense_h_to_4h.weight"
+    assert not torch.equal(one[matrix], three[matrix])
+    assert len(list(first.glob("model-0000?-of-00008.safetensors"))) == 8
+    assert len(list(second.glob("pytorch_model-0000?-of-00008.bin"))) == 8
+    index = json.loads((second / "pytorch_model.bin.index.json").read_text())
+    assert index["metadata"]["total_size"] == told[-1][0] == told[-1][1]
+    assert index["weight_map"].keys() == build.stored_shapes(json.loads((first / "config.json").read_text())).keys()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.usefixtures("small")
+def test_the_numbers_are_random_and_behave(tmp_path: Path) -> None:
+    directory = random_weights.write_random(tmp_path / "a", "small")
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.is_random and shares_vocabulary(checkpoint)
+    weights = state(directory)
+    assert torch.equal(weights["lm_head.weight"], weights["transformer.word_embeddings.weight"])
+    for name, tensor in weights.items():
+        if tensor.ndim == 2:
+            assert tensor.float().mean().abs() < 0.01 and 1 < tensor.float().std() * tensor.shape[1] ** 0.5 < 3, name
+            assert len(tensor.unique()) > 500, name  # no chunk drawn twice, none left out
+            halves = tensor.reshape(-1)[:2000].float()
+            assert not torch.equal(halves[:1000], halves[1000:]), name
+    session = TorchSession(loading.load_model(checkpoint, torch.float16))
+    logits = torch.as_tensor(session.run(example_inputs(checkpoint, 2, 9, 0, torch.float16))["logits"]).float()
+    assert torch.isfinite(logits).all() and logits.abs().max() < 100
+    best = logits.topk(2).values
+    assert logits.std() > 0.5 and (best[..., 0] - best[..., 1]).median() > 0.01
+
+
+@pytest.mark.usefixtures("small")
+def test_its_tokenizer_speaks_chinese(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(random_weights.write_random(tmp_path / "a", "small"))
+    tokenizer = load_tokenizer(checkpoint)
+    ids = chat_prompt(tokenizer, "你好")
+    assert ids[-2:] == [1401, 1404] and tokenizer.decode(ids[:-2]) == "你好"
+
+
+def test_the_real_size_is_upstreams() -> None:
+    fields = dict(random_weights.SIZES["6b"])
+    config = build.make_config(fields.pop("pieces"), **fields)
+    shapes = build.stored_shapes(config)
+    assert config["gmask_token_id"] == 130001 and config["bos_token_id"] == 130004
+    assert shapes["lm_head.weight"] == (130528, 4096) and len(shapes) == 368
+    total = sum(torch.Size(shape).numel() for name, shape in shapes.items() if "inv_freq" not in name)
+    assert total == 6_707_929_088  # stored parameters of the public checkpoint
+    parts = build.split(shapes, 8)
+    assert [name for part in parts for name in part] == list(shapes) and all(parts)
+
+
+@pytest.mark.usefixtures("small")
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WorkbookError, match="no size '7b'"):
+        random_weights.write_random(tmp_path / "a", "7b")
+    with pytest.raises(WorkbookError, match="no format 'gguf'"):
+        random_weights.write_random(tmp_path / "a", "small", weights="gguf")
+    monkeypatch.setattr(random_weights, "_SMALL_FILES", 10**18)
+    with pytest.raises(WorkbookError, match=r"needs .* GB and has"):
+        random_weights.write_random(tmp_path / "a", "small")
+    assert not list((tmp_path / "a").iterdir())

@@ -1,0 +1,83 @@
+"""The stand-in: the shipped one knows its corpus with a margin, and a smaller one can be trained from nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import TINY
+
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.inputs.prompts import chat_prompt
+from glmtrt_helpers.sessions.decode_loop import greedy
+from glmtrt_helpers.sessions.pytorch import TorchSession
+from glmtrt_helpers.standin import train
+
+
+def test_corpus_is_what_was_promised() -> None:
+    examples = train.load_corpus()
+    assert len(examples) >= 120
+    assert len({(e.history, e.question) for e in examples}) == len(examples)
+    assert len({e.answer for e in examples if len(e.answer) > 20}) >= 80
+    assert sum(bool(e.history) for e in examples) >= 10
+    chinese = [e for e in examples if any("一" <= c <= "鿿" for c in e.answer)]
+    assert len(chinese) > len(examples) / 3 and len(examples) - len(chinese) > len(examples) / 3
+    assert all(e.answer == e.answer.strip() and e.answer for e in examples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shipped_checkpoint_knows_its_corpus_with_a_margin(dtype: torch.dtype) -> None:
+    checkpoint = open_checkpoint(TINY)
+    sequences = train.encode_examples(checkpoint, train.load_corpus())
+    model = loading.load_model(checkpoint, dtype)
+    assert train.lowest_margin(model, checkpoint, sequences, dtype) > train.MARGIN
+
+
+def test_shipped_checkpoint_answers_greedily() -> None:
+    checkpoint = open_checkpoint(TINY)
+    tokenizer = load_tokenizer(checkpoint)
+    session = TorchSession(loading.load_model(checkpoint))
+    for example in train.load_corpus()[::12]:
+        prompt = chat_prompt(tokenizer, example.question, example.history)
+        assert tokenizer.decode(greedy(session, checkpoint, prompt)) == example.answer
+
+
+def test_shipped_weights_are_fp16_and_the_vocabulary_matrices_equal() -> None:
+    checkpoint = open_checkpoint(TINY)
+    assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"F16"}
+    pair = loading.read_tensors(checkpoint, ["lm_head.weight", "transformer.word_embeddings.weight"], torch.float16)
+    assert torch.equal(*pair.values())
+
+
+def test_tokenizer_pieces_are_in_upstreams_order() -> None:
+    checkpoint = open_checkpoint(TINY)
+    tokenizer = load_tokenizer(checkpoint)
+    assert [tokenizer.piece(i) for i in (3, 4, 5)] == ["<pad>", "<n>", "▁"]
+    config = checkpoint.config
+    assert (tokenizer.mask_id, tokenizer.gmask_id, tokenizer.sop_id, tokenizer.eop_id) == tuple(
+        config[key] for key in ("mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
+    )
+    assert tokenizer.size <= checkpoint.vocab_size
+
+
+def test_a_smaller_standin_learns(tmp_path: Path) -> None:
+    """Twelve answers, two layers: trained from nothing it gives each exactly; before training it does not."""
+    examples = train.load_corpus()[:12]
+    margins = train.build_standin(
+        tmp_path / "small", examples, pieces=420, max_epochs=400, num_layers=2, hidden_size=64, inner_hidden_size=256
+    )
+    assert min(margins.values()) > train.MARGIN
+    checkpoint = open_checkpoint(tmp_path / "small")
+    tokenizer = load_tokenizer(checkpoint)
+    session = TorchSession(loading.load_model(checkpoint, torch.float16))
+    for example in examples:
+        prompt = chat_prompt(tokenizer, example.question, example.history)
+        assert tokenizer.decode(greedy(session, checkpoint, prompt, max_length=1024)) == example.answer
+
+
+def test_too_few_epochs_are_said_so(tmp_path: Path) -> None:
+
+    with pytest.raises(WorkbookError, match="raise max_epochs"):
+        train.build_standin(tmp_path / "lazy", train.load_corpus()[:4], pieces=300, max_epochs=1, num_layers=1)

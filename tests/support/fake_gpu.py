@@ -1,0 +1,249 @@
+"""A GPU that is none: CUDA's calls on the host's memory, and an engine that ONNX Runtime runs from raw addresses.
+
+It takes the place of `cuda-python` and of TensorRT below `glmtrt_helpers.cuda` and `loaded`, so that what a session
+does with addresses, pitches, profiles and graphs is tried on any machine. It is stricter than a GPU: memory is filled
+with NaN, each copy has to lie inside of one allocation, each shape inside of the chosen profile, and what is captured
+runs when it is launched, not before.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from cuda.bindings import runtime as real
+
+from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.engines import cuda
+from glmtrt_helpers.engines.plan_info import PlanInfo
+from glmtrt_helpers.engines.runner import Engine
+from glmtrt_helpers.fast import kernels
+from glmtrt_helpers.fast.session import attend, turn
+
+OK = (real.cudaError_t.cudaSuccess,)
+BAD = (real.cudaError_t.cudaErrorInvalidValue,)
+MEMORY = 2 * 10**9
+
+
+class FakeCuda:
+    """The part of `cuda.bindings.runtime` that the workbook calls; all else, enumerations above all, is the real one.
+
+    launches: how often a captured graph ran.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+        self.recording: list[Callable[[], None]] | None = None
+        self.launches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real, name)
+
+    def _inside(self, address: int, nbytes: int) -> bool:
+        return any(start <= address and address + nbytes <= start + b.nbytes for start, b in self.blocks.items())
+
+    def _do(self, work: Callable[[], None]) -> tuple[Any]:
+        work() if self.recording is None else self.recording.append(work)
+        return OK
+
+    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
+        if sum(block.nbytes for block in self.blocks.values()) + nbytes > MEMORY:
+            return (real.cudaError_t.cudaErrorMemoryAllocation,)
+        wider = np.full(nbytes + 256, 0xFF, np.uint8)  # NaN, in fp16 and in fp32
+        start = -wider.ctypes.data % 256
+        block = wider[start : start + nbytes]
+        self.blocks[block.ctypes.data] = block
+        return (*OK, block.ctypes.data)
+
+    cudaMallocHost = cudaMalloc
+
+    def cudaFree(self, address: int) -> tuple[Any]:
+        return OK if self.blocks.pop(address, None) is not None else BAD
+
+    cudaFreeHost = cudaFree
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        return (*OK, MEMORY - sum(block.nbytes for block in self.blocks.values()), MEMORY)
+
+    def cudaMemset(self, address: int, value: int, nbytes: int) -> tuple[Any]:
+        if not self._inside(address, nbytes):
+            return BAD
+        ctypes.memset(address, value, nbytes)
+        return OK
+
+    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: Any, stream: Any) -> tuple[Any]:
+        return self.cudaMemcpy2DAsync(target, nbytes, source, nbytes, nbytes, 1, kind, stream)
+
+    def cudaMemcpy2DAsync(
+        self, target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, kind: Any, stream: Any
+    ) -> tuple[Any]:
+        kinds = real.cudaMemcpyKind
+        span, target_span = (step * (height - 1) + width for step in (pitch, target_pitch))
+        if kind != kinds.cudaMemcpyHostToDevice and not self._inside(source, span):
+            return BAD
+        if kind != kinds.cudaMemcpyDeviceToHost and not self._inside(target, target_span):
+            return BAD
+
+        def work() -> None:
+            for row in range(height):
+                ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
+
+        return self._do(work)
+
+    def cudaStreamCreate(self) -> tuple[Any, ...]:
+        return (*OK, "stream")
+
+    def _nothing(self, *_: Any) -> tuple[Any]:
+        return OK
+
+    cudaStreamSynchronize = cudaStreamDestroy = cudaEventRecord = cudaEventSynchronize = cudaEventDestroy = _nothing
+    cudaGraphDestroy = cudaGraphExecDestroy = _nothing
+
+    def cudaEventElapsedTime(self, first: Any, second: Any) -> tuple[Any, ...]:
+        return (*OK, 2.0)
+
+    def cudaEventCreate(self) -> tuple[Any, ...]:
+        return (*OK, "event")
+
+    def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[Any]:
+        self.recording = []
+        return OK
+
+    def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, ...]:
+        recorded, self.recording = self.recording, None
+        return (*OK, recorded)
+
+    def cudaGraphInstantiate(self, graph: list[Callable[[], None]], flags: int) -> tuple[Any, ...]:
+        return (*OK, graph)
+
+    def cudaGraphLaunch(self, graph: list[Callable[[], None]], stream: Any) -> tuple[Any]:
+        self.launches += 1
+        for work in graph:
+            work()
+        return OK
+
+
+class FakeContext:
+    """An execution context over ONNX Runtime; shapes are checked against the profile, as TensorRT does."""
+
+    def __init__(self, gpu: FakeCuda, info: PlanInfo, graph: Path):
+        self.gpu, self.info = gpu, info
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.tensors = {tensor.name: tensor for tensor in info.tensors}
+        self.profile = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: Any) -> bool:
+        self.profile, self.shapes = profile, {}
+        return profile < len(self.info.profiles)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.tensors[name].profiles[self.profile]
+        self.shapes[name] = shape
+        return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0 and name in self.tensors, (name, address)
+        self.addresses[name] = address
+        return True
+
+    def get_tensor_address(self, name: str) -> int:
+        return self.addresses[name]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def execute_async_v3(self, stream: Any) -> bool:
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        inputs = [tensor for tensor in self.info.tensors if tensor.mode == "input"]
+        outputs = [tensor for tensor in self.info.tensors if tensor.mode == "output"]
+        assert set(shapes) >= {t.name for t in inputs} and set(addresses) == set(self.tensors), "all is bound"
+
+        def view(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            dtype = np.dtype(self.tensors[name].dtype)
+            nbytes = int(np.prod(shape)) * dtype.itemsize
+            assert self.gpu._inside(addresses[name], nbytes), f"{name} of {shape} lies outside of its memory"
+            memory = (ctypes.c_byte * nbytes).from_address(addresses[name])
+            return np.frombuffer(memory, dtype).reshape(shape)
+
+        def work() -> None:
+            feeds = {tensor.name: view(tensor.name, shapes[tensor.name]).copy() for tensor in inputs}
+            for tensor, array in zip(
+                outputs, self.session.run([tensor.name for tensor in outputs], feeds), strict=True
+            ):
+                view(tensor.name, array.shape)[...] = array
+                self.shapes[tensor.name] = array.shape
+
+        self.gpu._do(work)
+        return True
+
+
+class FakeKernels:
+    """`kernels.Kernels` in NumPy, over raw addresses."""
+
+    def __init__(self, gpu: FakeCuda, heads: int, head_size: int, dtype: np.dtype):
+        kernels.check_head_size(head_size, dtype)
+        self.gpu, self.heads, self.size, self.dtype = gpu, heads, head_size, dtype
+        gpu.blocks[id(self)] = np.zeros(0, np.uint8)  # to see that it is unloaded
+
+    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert self.gpu._inside(address, nbytes), f"{shape} at {address} lies outside of its memory"
+        return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
+
+    def attend(self, addresses: list[int], batch: int, room: int, tokens: int, stream: Any) -> None:
+        heads, size = self.heads, self.size
+        blocks, span = kernels.blocks_of(tokens, batch * heads)
+        cache, turning = (batch, room, heads, size), (batch, size)
+        shapes = [(batch, heads, 3, size), (heads, 3, size), turning, turning, cache, cache, (batch, heads, size)]
+        kinds = [self.dtype] * len(shapes) + [np.int64, np.float32, np.uint32]
+        shapes += [(batch,), (batch * heads * blocks, size + 2), (batch, heads)]
+        mixed, bias, cos, sin, keys, values, seen, places, _, arrived = (
+            self._view(*each) for each in zip(addresses, shapes, kinds, strict=True)
+        )
+
+        def work() -> None:
+            assert not arrived.any() and places.max() < min(room, blocks * span)
+            query, key, value = turn(mixed, bias, cos, sin)
+            for row, place in enumerate(places):
+                keys[row, place], values[row, place] = key[row], value[row]
+                seen[row] = attend(query[row], keys[row, : place + 1], values[row, : place + 1])
+
+        self.gpu._do(work)
+
+    def advance(self, position_ids: int, places: int, batch: int, stream: Any) -> None:
+        positions, at = self._view(position_ids, (batch, 2), np.int64), self._view(places, (batch,), np.int64)
+
+        def work() -> None:
+            positions[:, 1] += 1
+            at[...] += 1
+
+        self.gpu._do(work)
+
+    def unload(self) -> None:
+        del self.gpu.blocks[id(self)]
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Put the fake in the place of the driver, the GPU and TensorRT's runtime, until the test ends."""
+    gpu = FakeCuda()
+    monkeypatch.setattr(cuda, "cudart", gpu)
+    monkeypatch.setattr(tensorrt_package, "gpus", lambda: [tensorrt_package.Gpu("a fake GPU", (8, 9), MEMORY)])
+
+    def load(engine: Engine, package: tensorrt_package.Package, plan: Path) -> tuple[Any, Any]:
+        info, graph = engine.info, plan.with_name(engine.info.onnx)
+        return "runtime", SimpleNamespace(
+            create_runtime_config=lambda: SimpleNamespace(),
+            create_execution_context=lambda config: FakeContext(gpu, info, graph),
+        )
+
+    monkeypatch.setattr(Engine, "_load", load)
+    monkeypatch.setattr(kernels, "Kernels", lambda _, *sizes: FakeKernels(gpu, *sizes))
+    return gpu
