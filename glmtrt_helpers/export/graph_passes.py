@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
@@ -21,6 +22,8 @@ _RULES = (
     rules.materialize_reshape_shape_rule,
     rules.unsqueeze_unsqueeze_rule,
 )
+# Folded with PyTorch: the last bit of a cosine depends on the library, and a stored table must be the model's own.
+_PYTORCH_FOLDS = {"Cos": torch.cos, "Sin": torch.sin}
 
 
 def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> None:
@@ -29,13 +32,15 @@ def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> N
     weights: names of the initializers that are weights.
 
     The tables must be constants: a fused kernel would leave out the rounding of the fp16 angle between product and
-    cosine, and late positions would turn by another angle than PyTorch's.
+    cosine, and late positions would turn by another angle than PyTorch's. Their cosines are PyTorch's own.
     """
     for name, initializer in model.graph.initializers.items():
         if name in weights and "inv_freq" not in name:
             initializer.const_value = None
 
     def should_fold(node: ir.Node) -> bool | None:
+        if node.op_type in _PYTORCH_FOLDS:
+            return False
         touches_weight = any(value is not None and value.name in weights for value in node.inputs)
         return False if touches_weight and "inv_freq" not in str(node.inputs) else None
 
@@ -46,6 +51,7 @@ def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> N
             model, onnx_shape_inference=True, should_fold=should_fold, input_size_limit=table_bytes,
             output_size_limit=table_bytes,
         )  # fmt: skip
+        _fold_with_pytorch(model.graph)
         RewritePass(_RULES)(model)
         passes.RemoveUnusedNodesPass()(model)
     ir.passes.Sequential(
@@ -71,6 +77,19 @@ def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> N
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name = "chatglm"
+
+
+def _fold_with_pytorch(graph: ir.Graph) -> None:
+    """Replace the cosines and sines of constants by what PyTorch computes for them."""
+    for node in graph:
+        if node.op_type not in _PYTORCH_FOLDS or node.inputs[0] is None:
+            continue
+        angles = ir.convenience.get_const_tensor(node.inputs[0])
+        if angles is not None:
+            table = _PYTORCH_FOLDS[node.op_type](torch.from_numpy(angles.numpy().copy()))
+            constant = ir.node("Constant", [], {"value": ir.tensor(table.numpy())})
+            graph.insert_before(node, constant)
+            ir.convenience.replace_all_uses_with(node.outputs[0], constant.outputs[0])
 
 
 def name_dimensions(model: ir.Model) -> None:
