@@ -106,8 +106,14 @@ def test_the_readmes_tree_has_every_folder(readme: str) -> None:
             assert re.search(rf"^ *{re.escape(folder)}/ ", text, re.M), folder
 
 
-def test_make_knows_the_targets_the_readme_names() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_files_that_the_pages_name_exist() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"`((?:glmtrt_helpers|tests)/[\w./]+)`", text))
+    assert len(named) > 22 and not [path for path in sorted(named) if not (ROOT / path).exists()]
+
+
+def test_make_knows_the_targets_the_pages_name() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for target in set(re.findall(r"`make ([a-z-]+)", text)):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == 0, target
