@@ -43,7 +43,7 @@ test-trt-next:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing the packages of constraints.txt, about a minute ..."
+	@echo "Installing the packages of constraints.txt, about three minutes ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -10,6 +10,7 @@ import yaml
 from support.checkpoints import ROOT, TINY
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PAGES = [page for folder in (ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "models") for page in folder.glob("*.md")]
 REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)(.*)$")
 
 
@@ -88,12 +89,31 @@ def test_readme_opens_with_the_two_commands(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
     first_block = re.search(r"```\w*\n(.*?)```", text, re.S).group(1)  # type: ignore[union-attr]
     assert "make workbook" in first_block and "make test" in first_block
-    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
-        assert (ROOT / link).exists(), link
 
 
-def test_make_knows_the_targets_the_readme_names() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_tree_has_every_folder(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for file in map(Path, tracked):
+        for folder in file.parts[:-1][: 2 if file.parts[0] == "glmtrt_helpers" else 1]:
+            assert re.search(rf"^ *{re.escape(folder)}/ ", text, re.M), folder
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"`((?:glmtrt_helpers|tests)/[\w./]+)`", text))
+    assert len(named) > 22 and not [path for path in sorted(named) if not (ROOT / path).exists()]
+
+
+def test_make_knows_the_targets_the_pages_name() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for target in set(re.findall(r"`make ([a-z-]+)", text)):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == 0, target
