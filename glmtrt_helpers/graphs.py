@@ -16,9 +16,9 @@ from onnx import helper, shape_inference
 from rich.table import Table
 
 from glmtrt_helpers import inputs
+from glmtrt_helpers.attention_diagram import draw_attention
 from glmtrt_helpers.checkpoints import Checkpoint
 from glmtrt_helpers.configs import expected_shapes
-from glmtrt_helpers.drawing import draw_attention
 from glmtrt_helpers.errors import WorkbookError
 from glmtrt_helpers.files import is_part
 from glmtrt_helpers.scopes import DATA, GraphIndex, load_graph
@@ -284,7 +284,7 @@ def layer_nodes(model: onnx.ModelProto, layer: int, part: str = "attention") -> 
 
 
 def draw_layer(onnx_path: str | Path, layer: int) -> str:
-    """The attention of one layer as SVG text, for `IPython.display.SVG`; see `glmtrt_helpers/drawing.py`."""
+    """The attention of one layer as SVG text, for `IPython.display.SVG`; see `glmtrt_helpers/attention_diagram.py`."""
     return draw_attention(load_graph(onnx_path), layer)
 
 
