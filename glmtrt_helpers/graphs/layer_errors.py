@@ -82,8 +82,8 @@ def _tensor_at(index: GraphIndex, module: str, side: str) -> str:
         tensors = list(index.entering(members) if side == "in" else index.leaving(members))
     if len(tensors) != 1:
         raise WorkbookError(
-            f"the graph has {len(tensors)} tensors for {side!r} of {module}, not one: its nodes do not say which module "
-            "they came from; export it with notebook 03_export_onnx."
+            f"the graph has {len(tensors)} tensors for {side!r} of {module}, not one: its nodes do not say "
+            "which module they came from; export it with notebook 03_export_onnx."
         )
     return tensors[0]
 

@@ -1,7 +1,10 @@
 """The shipped checkpoint, and random checkpoints with the stand-in's remote code."""
 
+import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
 from glmtrt_helpers.standin import build
@@ -40,3 +43,16 @@ def make_random(directory: Path, *, seed: int = 0, **sizes: int) -> Path:
     config = build.make_config(len(tokenizer.pieces), **(defaults | sizes))
     build.write_checkpoint(directory, config, build.random_weights(config, seed), tokenizer)
     return directory
+
+
+def to_bin(directory: Path) -> None:
+    """Turn a safetensors checkpoint into `.bin` shards as the download of 2023 has them."""
+    weight_map = {}
+    for number, file in enumerate(sorted(directory.glob("*.safetensors")), 1):
+        name = f"pytorch_model-{number:05}-of-00002.bin"
+        state = load_file(file)
+        torch.save(state, directory / name)
+        weight_map |= dict.fromkeys(state, name)
+        file.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
