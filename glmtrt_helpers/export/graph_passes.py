@@ -42,16 +42,16 @@ def simplify(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) 
     The tables must be constants: a fused kernel would skip the rounding of the fp16 angle between the multiplication
     and the cosine, and late positions would be rotated by a different angle than in PyTorch.
     """
-    kept = {name for name in weights if "inv_freq" not in name}
-    for name in kept & model.graph.initializers.keys():
-        model.graph.initializers[name].const_value = None
+    for name, initializer in model.graph.initializers.items():
+        if name in weights and "inv_freq" not in name:
+            initializer.const_value = None  # without data, nothing that reads it can be folded
     table_bytes = 64 * checkpoint.max_length * checkpoint.head_size
     passes.InlinePass()(model)
     for _ in range(2):  # a rewrite can leave new constants to fold, and folding new nodes to rewrite
         optimizer.fold_constants(
             model,
             onnx_shape_inference=True,
-            should_fold=lambda node: _may_fold(node, kept),
+            should_fold=lambda node: False if node.op_type in _PYTORCH_FOLDS else None,
             input_size_limit=table_bytes,
             output_size_limit=table_bytes,
         )
@@ -67,12 +67,6 @@ def simplify(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) 
         passes.NameFixPass(),
     )(model)
     _strip_metadata(model)
-
-
-def _may_fold(node: ir.Node, weights: Collection[str]) -> bool | None:
-    """False keeps a node; None leaves the choice to onnxscript."""
-    reads_weight = any(value is not None and value.name in weights for value in node.inputs)
-    return False if reads_weight or node.op_type in _PYTORCH_FOLDS else None
 
 
 def _fold_with_pytorch(graph: ir.Graph) -> None:
