@@ -23,6 +23,7 @@ from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.precisions import PRECISIONS
 from glmtrt_helpers.engines import cuda, plan_info
 from glmtrt_helpers.engines.profiles import find_profile
 from glmtrt_helpers.export import exporting
@@ -201,7 +202,7 @@ class Ort(Runner):
     def step(self, batch: int, length: int, past: int) -> Step:
         binding = self.session.io_binding()
         shape = (past, batch, self.checkpoint.num_heads, self.checkpoint.head_size)
-        cache = np.zeros(shape, np.float16 if self.dtype == "fp16" else np.float32)
+        cache = np.zeros(shape, PRECISIONS[self.dtype])
         given = call(self.checkpoint, batch, length, past)
         for name in (value.name for value in self.session.get_inputs()):
             array = np.ascontiguousarray(given.get(name, cache))

@@ -1,7 +1,7 @@
 """A tokenizer over `ice_text.model` that follows the checkpoint's rules and nothing else.
 
-Text becomes pieces as upstream does it: a line break, a tab and every run of 2 to 80 spaces is one piece, the rest is
-sentencepiece with byte fallback. A prompt ends in [gMASK] and <sop>. The class stands alone, so the order of
+Text becomes the same pieces as upstream: a line break, a tab and every run of 2 to 80 spaces is one piece, the rest is
+sentencepiece with byte fallback. A prompt ends in [gMASK] and <sop>. The class has no base class, so the order of
 initialisation that breaks upstream's tokenizer on transformers 4.34 and later cannot occur.
 """
 
@@ -15,28 +15,27 @@ from sentencepiece import sentencepiece_model_pb2
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The workbook's tokenizer over the checkpoint's `ice_text.model`, in the ids of its configuration."""
-    return Tokenizer(checkpoint.directory / "ice_text.model", int(checkpoint.config["gmask_token_id"]))
-
-
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 MAX_BLANK = 80
 PAD_ID = 3
 NEWLINE_ID = 4
 BLANK_ID = 5  # "▁", what upstream falls back to where its scores are not finite
-# Before the vocabulary was slimmed, so many image tokens came first.
+# Until 6 April 2023 the ids began with this many image tokens.
 IMAGE_TOKENS = 20000
-# Inside the tokenizer white space is spelt with private characters, one for each piece. Spelt as upstream spells it
-# ("<n>", "<|tab|>"), the same words typed by a user would turn into white space.
+# Inside the tokenizer each white-space piece is one private character. Were it spelt as upstream spells it ("<n>",
+# "<|tab|>"), those words typed by a user would turn into white space.
 _PRIVATE = 0x10F800
 _NEWLINE, _TAB = chr(_PRIVATE), chr(_PRIVATE + 1)
 _BLANKS = {k: chr(_PRIVATE + k) for k in range(2, MAX_BLANK + 1)}
 
 
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The workbook's tokenizer over the checkpoint's `ice_text.model`, with the ids that its configuration gives."""
+    return Tokenizer(checkpoint.directory / "ice_text.model", int(checkpoint.config["gmask_token_id"]))
+
+
 def whitespace_pieces() -> list[str]:
-    """The pieces behind the special tokens, in order: the tab, then 2 to 80 spaces."""
+    """The pieces after the special tokens, in order: the tab, then 2 to 80 spaces."""
     return ["<|tab|>"] + [f"<|blank_{k}|>" for k in range(2, MAX_BLANK + 1)]
 
 
@@ -127,7 +126,7 @@ class Tokenizer:
         return [*self.encode_text(prompt), self.gmask_id, self.sop_id]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens and padding are left out, a half-finished character reads as U+FFFD."""
+        """Text of ids, without special tokens and padding; an unfinished character reads as U+FFFD."""
         known = (int(i) for i in ids if self._first <= int(i) < self._first + self.size)
         text = str(self._sp.decode([i - self._first for i in known if i not in self._special_ids]))
         for name, private in self._private_spelling().items():
@@ -136,6 +135,6 @@ class Tokenizer:
         return text
 
     def piece(self, token_id: int) -> str:
-        """What a reader should see for one id, with white space and special tokens spelt out."""
+        """The piece of one id as a reader should see it, with white space and special tokens spelt out."""
         names = {index: name for name, index in self._ids.items()}
         return names.get(int(token_id), f"<{int(token_id)}>")

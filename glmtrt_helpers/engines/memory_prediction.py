@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, shares_vocabulary
 from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.core.precisions import PRECISIONS
 from glmtrt_helpers.engines.profiles import Profile
 
-BYTES = {"fp16": 2, "fp32": 4}
+BYTES = {name: dtype.itemsize for name, dtype in PRECISIONS.items()}
 WORKSPACE = 4 * 2**20  # what every engine asked for beside the tensors
 
 

@@ -19,10 +19,8 @@ from glmtrt_helpers.engines import cuda, plan_info
 from glmtrt_helpers.engines.memory_prediction import EngineMemory
 from glmtrt_helpers.engines.plan_info import PlanInfo, Tensor, check_plan
 from glmtrt_helpers.engines.runner import Engine, limits
+from glmtrt_helpers.inputs.names import PAST, PRESENT, STEP_INPUTS
 from glmtrt_helpers.sessions.base import Session
-
-STEP_INPUTS = ("input_ids", "position_ids", "attention_mask")
-PAST, PRESENT = "past_key_values.", "present."
 
 
 class TensorRTSession(Session):

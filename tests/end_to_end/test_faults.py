@@ -18,8 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.checkpoints import make_random
-from test_checkpoints import SHARD, refusal, to_bin
+from support.checkpoints import SHARD, make_random, refusal, to_bin
 
 from glmtrt_helpers.checkpoints import loading, shards
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint

@@ -128,7 +128,9 @@ def test_without_a_gpu_another_backend_is_named(checkpoint: Checkpoint, monkeypa
 def test_a_gpu_that_the_package_or_the_plan_refuses(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tensorrt_package.Gpu("NVIDIA GeForce GTX 1080", (6, 1), 8 * 10**9)
     monkeypatch.setattr(tensorrt_package, "gpus", lambda: [old])
-    with pytest.raises(WorkbookError, match=r"on the NVIDIA GeForce GTX 1080 .*does not list compute capability 6.1"):
+    with pytest.raises(
+        WorkbookError, match=r"on the NVIDIA GeForce GTX 1080 .*compute capability 6.1 is not supported"
+    ):
         TensorRTSession.open(checkpoint, "fp16")
     ada = tensorrt_package.Gpu("NVIDIA GeForce RTX 4090", (8, 9), 25 * 10**9)
     monkeypatch.setattr(tensorrt_package, "gpus", lambda: [ada])

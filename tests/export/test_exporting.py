@@ -6,19 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from test_checkpoints import to_bin
+from support.checkpoints import to_bin
 
-from glmtrt_helpers.checkpoints import loading, shards
+from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs.reference import run_tensors
 from glmtrt_helpers.inputs.examples import example_inputs
@@ -223,28 +221,6 @@ def test_bin_shards_are_streamed_into_safetensors(tiny_random: Path) -> None:
     OrtSession(tiny_random / "model.fp16.onnx").run(example_inputs(after, 1, 2, 3, torch.float16))
 
 
-def test_streaming_goes_on_where_it_stopped(tiny_random: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    to_bin(tiny_random)
-    streamed: list[str] = []
-    original = shards._stream_shard
-
-    def stop_after_one(*args: object) -> None:
-        if streamed:
-            raise KeyboardInterrupt
-        streamed.append(str(args[3]))
-        original(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(shards, "_stream_shard", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        shards.to_safetensors(tiny_random)
-    assert not open_checkpoint(tiny_random).is_safetensors  # no index, so the .bin shards still count
-    again: list[str] = []
-    monkeypatch.setattr(shards, "_stream_shard", lambda *args: (again.append(str(args[3])), original(*args)))
-    shards.to_safetensors(tiny_random)
-    assert len(again) == 1 and again != streamed
-    assert open_checkpoint(tiny_random).is_safetensors
-
-
 def test_killed_midway_loses_nothing_and_a_rerun_succeeds(exported: Path, tmp_path: Path) -> None:
     """SIGKILL with half of the temporary file written: the old model stands, the next run sweeps up."""
     directory = Path(shutil.copytree(exported, tmp_path / "killed"))
@@ -269,29 +245,3 @@ def test_killed_midway_loses_nothing_and_a_rerun_succeeds(exported: Path, tmp_pa
     OrtSession(path)
     exporting.export_model(open_checkpoint(directory), "fp16")
     assert path.read_bytes() == before and not list(directory.glob(".*.tmp"))
-
-
-def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("half")
-        _ = 1 / 0
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_a_living_neighbours_temporary_file_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    neighbour = subprocess.Popen(["sleep", "30"])
-    try:
-        (tmp_path / f".model.onnx.{neighbour.pid}.tmp").write_text("theirs")
-        with replacing(path) as temporary:
-            temporary.write_text("ours")
-        assert (tmp_path / f".model.onnx.{neighbour.pid}.tmp").read_text() == "theirs" and path.read_text() == "ours"
-    finally:
-        neighbour.kill()
-        neighbour.wait()
-    time.sleep(0)
-    with replacing(path) as temporary:
-        temporary.write_text("again")
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
