@@ -37,22 +37,22 @@ def build(directory: Path, output: Path) -> None:
     from glmtrt_helpers.engines.builder import add_profiles
     from glmtrt_helpers.engines.callbacks import make_log
     from glmtrt_helpers.engines.profiles import chat_profiles
+    from glmtrt_helpers.graphs.tensorrt_parser import parse
 
     checkpoint = open_checkpoint(directory)
     trt = tensorrt_package.choose(building=True).module
     log = make_log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
     _say("reading the file")
     data = (output / GRAPH).read_bytes()
     _say("parsing")
-    if not parser.parse(data):
-        raise SystemExit(parser.get_error(0).desc())
+    builder, network, parser, errors = parse(trt, log, data)
+    if errors:
+        raise SystemExit(errors[0])
     config = builder.create_builder_config()
     add_profiles(builder, network, config, chat_profiles(checkpoint))
     _say("building")
     plan = builder.build_serialized_network(network, config)
+    del parser  # it owns the weights until here
     _say("writing")
     (output / PLAN).write_bytes(plan)
 

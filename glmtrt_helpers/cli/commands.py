@@ -189,8 +189,9 @@ def export(
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None:
-    """Summarise an exported graph; exit 1 if it has a pinned dimension or a dead input."""
-    from glmtrt_helpers.graphs.summary import problems, summarize
+    """Summarise an exported graph; exit 1 if it has a static dimension or a dead input."""
+    from glmtrt_helpers.graphs.checks import problems
+    from glmtrt_helpers.graphs.summary import summarize
 
     Console().print(summarize(file))
     found = problems(file)

@@ -27,7 +27,7 @@ from glmtrt_helpers.engines.callbacks import interruptible, make_log, make_monit
 from glmtrt_helpers.engines.memory_prediction import engine_weights, predict_build
 from glmtrt_helpers.engines.plan_info import PlanInfo, Tensor, dtype_name
 from glmtrt_helpers.engines.profiles import Profile, chat_profiles
-from glmtrt_helpers.graphs.tensorrt_parser import sentence
+from glmtrt_helpers.graphs.tensorrt_parser import parse
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,9 +98,8 @@ def build_engine(
     started = time.perf_counter()
     trt = chosen.module
     log = make_log(trt)
-    builder = trt.Builder(log)
     progress(f"Parsing {source.name}", 0, 1)
-    network, parser = _parse(trt, builder, log, source)
+    builder, network, parser = _parse(trt, log, source)
     if not options.fp16_sums:
         fp32_accumulation.round_once(trt, network)
     progress(f"Parsing {source.name}", 1, 1)
@@ -182,15 +181,14 @@ def check_options(options: BuildOptions, package: Package) -> None:
         raise WorkbookError("the full tensorrt builds for the GPU it runs on: leave --target out.")
 
 
-def _parse(trt: Any, builder: Any, log: Any, source: Path) -> tuple[Any, Any]:
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(source)):
+def _parse(trt: Any, log: Any, source: Path) -> tuple[Any, Any, Any]:
+    builder, network, parser, errors = parse(trt, log, source)
+    if errors:
         raise WorkbookError(
-            f"{source} cannot be parsed by TensorRT ({sentence(parser.get_error(0))}): see notebook 05_build_profiles "
-            "for how to find the nodes at fault."
+            f"{source} cannot be parsed by TensorRT ({errors[0]}): see notebook 05_build_profiles for how to find the "
+            "nodes at fault."
         )
-    return network, parser
+    return builder, network, parser
 
 
 def _apply(trt: Any, config: Any, options: BuildOptions) -> None:

@@ -1,4 +1,4 @@
-"""Notebook 03: export the patched model to ONNX, with its weights left where they lie.
+"""Notebook 03: export the patched model to ONNX without copying its weights.
 
 The exporter is given weights without data. What it writes is the graph; every parameter is an initializer under its
 state-dict name whose external data points into the checkpoint's own safetensors shard, at the tensor's byte offset.
@@ -10,9 +10,9 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
-from glmtrt_helpers.core.precisions import PRECISIONS
 from glmtrt_helpers.export import graph_passes, weights_in_shards
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.inputs.names import PAST, STEP_INPUTS, axis_names, forward_kwargs, input_names, output_names
@@ -36,11 +35,11 @@ from glmtrt_helpers.patches import patching
 # dynamo's opset 17 comes out broken; TorchScript ends at 20.
 OPSETS = {"dynamo": range(18, 25), "torchscript": range(17, 21)}
 DEFAULT_OPSET = 18
-# Sizes of 1 would be pinned by dynamo, equal sizes could be taken for one dimension.
+# dynamo makes a size of 1 static, and could take two equal sizes for one dimension.
 EXAMPLE = (2, 5, 3)  # batch, sequence, past
-# The TorchScript exporter serializes the weights into one message before they can be taken out again.
+# The TorchScript exporter serializes all weights into one protobuf message, whose limit is 2 GB.
 _TORCHSCRIPT_BYTES = 1_500_000_000
-CODE_KEY = "glmtrt.code_sha256"
+CODE_KEY = "glmtrt.code_sha256"  # the model's metadata entry with the hash of the exported source
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class ExportReport:
     path: Path
     exporter: str
     opset: int
-    dtype: str
     file_bytes: int
     referred_bytes: int
     nodes: Counter[str]
@@ -63,6 +61,18 @@ def onnx_path(checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opse
     return checkpoint.directory / f"model.{dtype}{middle}.onnx"
 
 
+@contextmanager
+def less_garbage_collection() -> Iterator[None]:
+    """Collect rarely: an export keeps most of its millions of objects; looking for dead ones took 1/7 of its time."""
+    previous = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*previous)
+
+
+@less_garbage_collection()
 def export_model(
     checkpoint: Checkpoint,
     dtype: str = "fp16",
@@ -79,96 +89,26 @@ def export_model(
     sequence, past and total (= past + sequence). fp32 is a Cast of the stored fp16 weights, in the graph.
     example: (batch, sequence, past) of the call that is traced. `.bin` shards become safetensors first.
     Raises WorkbookError for an unpatched source (unless `allow_unpatched`),
-    an unknown exporter, dtype or opset, and a graph that lost an input or pinned a dimension.
+    an unknown exporter, dtype or opset, and a graph that lost an input or made a dimension static.
     """
     started = time.perf_counter()
     _check_request(dtype, exporter, opset)
     if not allow_unpatched:
         _check_patched(checkpoint)
-    checkpoint = in_place(checkpoint, progress)
-    trace = _trace_dynamo if exporter == "dynamo" else _trace_torchscript
-    announce(checkpoint.code)
-
-    def traced() -> ir.Model:
-        try:
-            return trace(checkpoint, DTYPES[dtype], opset, example)
-        except WorkbookError:
-            raise
-        except Exception as error:  # exporters raise their own kinds, around the one that tells
-            raise WorkbookError(
-                f"{checkpoint.code}: the {exporter} exporter cannot follow this source ({_reason(error)}): see "
-                "notebook 02_patch_rotary_flatten, or take modeling_chatglm.py from THUDM/chatglm-6b."
-            ) from error
-
-    def check(model: ir.Model) -> None:
-        if not allow_unpatched:
-            _check_interface(model, checkpoint)
-
+    checkpoint = with_linkable_shards(checkpoint, progress)
+    progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
+    announce(checkpoint.code)  # here, for what is printed while tracing is swallowed
+    model = _trace(checkpoint, dtype, exporter, opset, example)
+    progress("simplifying the graph")
+    with quiet():
+        graph_passes.simplify(model, checkpoint, checkpoint.tensors)
+    graph_passes.name_dimensions(model)
+    weights_in_shards.refer_to_shards(model, checkpoint)
+    if not allow_unpatched:
+        _check_interface(model, checkpoint)
     path = onnx_path(checkpoint, dtype, exporter, opset)
-    report = write_traced(checkpoint, dtype, path, traced, check, exporter, opset, progress)
-    return replace(report, seconds=time.perf_counter() - started)
-
-
-def in_place(checkpoint: Checkpoint, progress: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint in shards that a graph can refer to; `.bin` shards are streamed into them first."""
-    if not checkpoint.is_safetensors:
-        progress("streaming .bin shards into safetensors")
-        shards.to_safetensors(checkpoint.directory, progress)
-        checkpoint = open_checkpoint(checkpoint.directory)
-    _check_shards(checkpoint)
-    return checkpoint
-
-
-def write_traced(
-    checkpoint: Checkpoint,
-    dtype: str,
-    path: Path,
-    trace: Callable[[], ir.Model],
-    check: Callable[[ir.Model], None] = lambda model: None,
-    exporter: str = "dynamo",
-    opset: int = DEFAULT_OPSET,
-    progress: Callable[[str], None] = lambda phase: None,
-    weights: Collection[str] | None = None,
-) -> ExportReport:
-    """Trace, tidy, point the weights into the shards, check, and write the file whole or not at all.
-
-    weights: names that become inputs of the graph instead.
-    """
-    started = time.perf_counter()
-    what = f"{checkpoint.num_layers} layers" if weights is None else path.stem
-    progress(f"tracing {what} with {exporter}")
-    with quiet(), few_collections():
-        model = trace()
-        progress("tidying the graph")
-        graph_passes.tidy(model, checkpoint, set(checkpoint.tensors) if weights is None else weights)
-        graph_passes.name_dimensions(model)
-        if weights is None:
-            weights_in_shards.refer_to_shards(model, checkpoint, ir.DataType.from_numpy(PRECISIONS[dtype]))
-        else:
-            weights_in_shards.make_inputs(model, weights)
-        check(model)
-    model.producer_name = "glmtrt"
-    model.metadata_props[CODE_KEY] = code_sha256(checkpoint.code)
     progress(f"writing {path.name}")
-    with replacing(path) as temporary:
-        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-    return ExportReport(
-        path,
-        exporter,
-        opset,
-        dtype,
-        path.stat().st_size,
-        sum(t.nbytes for name, t in checkpoint.tensors.items() if name in model.graph.initializers),
-        Counter(node.op_type for node in model.graph),
-        time.perf_counter() - started,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause: its kind and how its text begins."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
+    return write_graph(model, checkpoint, path, exporter, started)
 
 
 def _check_request(dtype: str, exporter: str, opset: int) -> None:
@@ -178,26 +118,57 @@ def _check_request(dtype: str, exporter: str, opset: int) -> None:
         raise WorkbookError(f"there is no exporter {exporter!r}: choose dynamo or torchscript.")
     if opset not in OPSETS[exporter]:
         low, high = OPSETS[exporter][0], OPSETS[exporter][-1]
-        raise WorkbookError(f"the {exporter} exporter does not write a good opset {opset}: choose {low} to {high}.")
+        raise WorkbookError(f"the {exporter} exporter cannot write a valid opset {opset}: choose {low} to {high}.")
 
 
 def _check_patched(checkpoint: Checkpoint) -> None:
-    for name, trap in patching.check_checkpoint(checkpoint.directory).items():
-        if trap.state == "unpatched":
+    for name, blocker in patching.check_checkpoint(checkpoint.directory).items():
+        if blocker.state == "unpatched":
             raise WorkbookError(
-                f"{checkpoint.code}, line {trap.sites[0].line}, still has the trap {name}: run notebook "
-                f"02_patch_rotary_flatten or `glmtrt patch {checkpoint.directory}` first."
+                f"{checkpoint.code}, line {blocker.sites[0].line}, still contains the export blocker {name}: run "
+                f"notebook 02_patch_rotary_flatten or `glmtrt patch {checkpoint.directory}` first."
             )
 
 
-def _check_shards(checkpoint: Checkpoint) -> None:
-    """ONNX Runtime follows external data only into regular files of the model's own folder."""
+def with_linkable_shards(checkpoint: Checkpoint, progress: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint in shards that a graph can point into; `.bin` shards are streamed into safetensors first.
+
+    Raises WorkbookError for shards that are symbolic links: ONNX Runtime follows external data only into regular
+    files of the model's own folder.
+    """
+    if not checkpoint.is_safetensors:
+        progress("streaming .bin shards into safetensors")
+        shards.to_safetensors(checkpoint.directory, progress)
+        checkpoint = open_checkpoint(checkpoint.directory)
     for file in {tensor.file for tensor in checkpoint.tensors.values()}:
         if file.is_symlink():
             raise WorkbookError(
                 f"{file} is a symbolic link, which ONNX Runtime does not follow: run `glmtrt copy "
                 f"{checkpoint.directory}`, whose working copy has hard links, and export there."
             )
+    return checkpoint
+
+
+def _trace(checkpoint: Checkpoint, dtype: str, exporter: str, opset: int, example: tuple[int, int, int]) -> ir.Model:
+    """The exporter's graph as it comes. Raises WorkbookError where the exporter fails, with its reason."""
+    trace = _trace_dynamo if exporter == "dynamo" else _trace_torchscript
+    try:
+        with quiet():
+            return trace(checkpoint, DTYPES[dtype], opset, example)
+    except WorkbookError:
+        raise
+    except Exception as error:  # each exporter raises exceptions of its own, wrapped around the informative one
+        raise WorkbookError(
+            f"{checkpoint.code}: the {exporter} exporter cannot follow this source ({_reason(error)}): see "
+            "notebook 02_patch_rotary_flatten, or take modeling_chatglm.py from THUDM/chatglm-6b."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Type and first words of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
 
 
 def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]) -> ir.Model:
@@ -229,11 +200,11 @@ def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, exampl
 def _trace_torchscript(
     checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]
 ) -> ir.Model:
-    """The exporter of 2023, for comparison: it runs the model once on real weights and writes down what happened."""
+    """The exporter of 2023, for comparison: it runs the model once, on real weights, and records what happened."""
     if checkpoint.weight_bytes > _TORCHSCRIPT_BYTES:
         raise WorkbookError(
-            f"the torchscript exporter holds all {checkpoint.weight_bytes / 1e9:.1f} GB of weights in one message, "
-            "whose limit is 2 GB: use dynamo for this checkpoint."
+            f"the torchscript exporter puts all {checkpoint.weight_bytes / 1e9:.1f} GB of weights into one protobuf "
+            "message, whose limit is 2 GB: use dynamo for this checkpoint."
         )
     model = loading.load_model(checkpoint, dtype)
     buffer = io.BytesIO()
@@ -249,7 +220,7 @@ def torchscript_export(
     example: tuple[int, int, int],
     target: Any,
 ) -> None:
-    """Run the model once on real weights and write down what happened; target: a path or a binary stream."""
+    """Run the model once, on real weights, and record what happened; target: a path or a binary stream."""
     names_in, names_out = input_names(checkpoint.num_layers), output_names(checkpoint.num_layers)
     torch.onnx.export(
         model,
@@ -265,19 +236,39 @@ def torchscript_export(
 
 
 def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:
-    """No input may be lost or unread, no dimension pinned that a chat moves."""
+    """Every input is there and read, and no dimension that changes during a chat is static."""
     names = {value.name: value for value in model.graph.inputs}
     for name in input_names(checkpoint.num_layers):
         if name not in names or not names[name].uses():
             raise WorkbookError(f"the export of {checkpoint.directory} lost the input {name}: check the patches.")
         shape: Any = names[name].shape
         if any(isinstance(shape[axis], int) for axis in axis_names(name)):
-            raise WorkbookError(f"the export of {checkpoint.directory} pinned a dimension of {name}: {shape}.")
+            raise WorkbookError(f"the export of {checkpoint.directory} made a dimension static in {name}: {shape}.")
+
+
+def write_graph(model: ir.Model, checkpoint: Checkpoint, path: Path, exporter: str, started: float) -> ExportReport:
+    """Write the file whole or not at all, with the hash of the source in it.
+
+    started: `time.perf_counter()` when the export began.
+    """
+    model.producer_name = "glmtrt"
+    model.metadata_props[CODE_KEY] = code_sha256(checkpoint.code)
+    with replacing(path) as temporary:
+        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    return ExportReport(
+        path,
+        exporter,
+        model.graph.opset_imports[""],
+        path.stat().st_size,
+        sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name in model.graph.initializers),
+        Counter(node.op_type for node in model.graph),
+        time.perf_counter() - started,
+    )
 
 
 @contextmanager
-def quiet() -> Any:
-    """The exporters print at length (torchvision, deprecations, whole graphs); what matters is raised or checked."""
+def quiet() -> Iterator[None]:
+    """Silence the exporters' logs, warnings and standard error; what matters is raised as an error or checked."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -286,14 +277,3 @@ def quiet() -> Any:
             yield
     finally:
         logging.disable(previous)
-
-
-@contextmanager
-def few_collections() -> Any:
-    """A trace makes millions of objects and keeps most: to look for dead ones took a seventh of the time."""
-    usual = gc.get_threshold()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)

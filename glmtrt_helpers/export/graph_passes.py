@@ -1,4 +1,4 @@
-"""What is done to a traced graph before it is written: fold constants, name dimensions, point weights into shards."""
+"""What is done to a traced graph before it is written: fold constants, drop the exporter's notes, name dimensions."""
 
 import re
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 
-# Those of onnxscript's default rules that find something here. `optimize_ir` applies them all, and one that finds
+# The default rules of onnxscript that match something here. `optimize_ir` applies all of them, and one that matches
 # nothing, slice_split_rule, walks the whole graph for each node: two fifths of the time of an export.
 _RULES = (
     rules.mul_by_1_rule,
@@ -24,33 +24,37 @@ _RULES = (
 )
 # Folded with PyTorch: the last bit of a cosine depends on the library, and a stored table must be the model's own.
 _PYTORCH_FOLDS = {"Cos": torch.cos, "Sin": torch.sin}
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+# Where a dimension's symbol is read: its name, an input, and the input's axis.
+_DIMENSIONS = (
+    ("batch", "input_ids", 0),
+    ("sequence", "input_ids", 1),
+    ("past", "past_key_values.0.key", 0),
+    ("total", "attention_mask", 3),
+)
 
 
-def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> None:
-    """Fold what is constant, the rotary tables above all, but nothing that touches a weight; keep one of each table.
+def simplify(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> None:
+    """Fold constants, the rotary tables above all, but no node that reads a weight; keep one copy of each table.
 
-    weights: names of the initializers that are weights.
+    weights: names of the initializers that are weights. inv_freq may be among them: it is folded into the tables.
 
-    The tables must be constants: a fused kernel would leave out the rounding of the fp16 angle between product and
-    cosine, and late positions would turn by another angle than PyTorch's. Their cosines are PyTorch's own.
+    The tables must be constants: a fused kernel would skip the rounding of the fp16 angle between the multiplication
+    and the cosine, and late positions would be rotated by a different angle than in PyTorch.
     """
-    for name, initializer in model.graph.initializers.items():
-        if name in weights and "inv_freq" not in name:
-            initializer.const_value = None
-
-    def should_fold(node: ir.Node) -> bool | None:
-        if node.op_type in _PYTORCH_FOLDS:
-            return False
-        touches_weight = any(value is not None and value.name in weights for value in node.inputs)
-        return False if touches_weight and "inv_freq" not in str(node.inputs) else None
-
+    kept = {name for name in weights if "inv_freq" not in name}
+    for name in kept & model.graph.initializers.keys():
+        model.graph.initializers[name].const_value = None
     table_bytes = 64 * checkpoint.max_length * checkpoint.head_size
     passes.InlinePass()(model)
-    for _ in range(2):  # what a rule leaves may be constant, and the other way round
+    for _ in range(2):  # a rewrite can leave new constants to fold, and folding new nodes to rewrite
         optimizer.fold_constants(
-            model, onnx_shape_inference=True, should_fold=should_fold, input_size_limit=table_bytes,
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda node: _may_fold(node, kept),
+            input_size_limit=table_bytes,
             output_size_limit=table_bytes,
-        )  # fmt: skip
+        )
         _fold_with_pytorch(model.graph)
         RewritePass(_RULES)(model)
         passes.RemoveUnusedNodesPass()(model)
@@ -62,25 +66,17 @@ def tidy(model: ir.Model, checkpoint: Checkpoint, weights: Collection[str]) -> N
         passes.OutputFixPass(),
         passes.NameFixPass(),
     )(model)
-    for node in model.graph:
-        # Which layer a node came from is worth keeping; stack traces name the folders of one machine.
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        node.metadata_props.clear()
-        node.doc_string = None
-        if scopes:
-            node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    for node in model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name = "chatglm"
+    _strip_metadata(model)
+
+
+def _may_fold(node: ir.Node, weights: Collection[str]) -> bool | None:
+    """False keeps a node; None leaves the choice to onnxscript."""
+    reads_weight = any(value is not None and value.name in weights for value in node.inputs)
+    return False if reads_weight or node.op_type in _PYTORCH_FOLDS else None
 
 
 def _fold_with_pytorch(graph: ir.Graph) -> None:
-    """Replace the cosines and sines of constants by what PyTorch computes for them."""
+    """Replace the cosines and sines of constants by PyTorch's."""
     for node in graph:
         if node.op_type not in _PYTORCH_FOLDS or node.inputs[0] is None:
             continue
@@ -92,18 +88,36 @@ def _fold_with_pytorch(graph: ir.Graph) -> None:
             ir.convenience.replace_all_uses_with(node.outputs[0], constant.outputs[0])
 
 
+def _strip_metadata(model: ir.Model) -> None:
+    """Keep of the exporter's notes only which module a node came from: stack traces name one machine's folders."""
+    graph = model.graph
+    for node in graph:
+        scopes = node.metadata_props.get(_SCOPES_KEY)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes:
+            node.metadata_props[_SCOPES_KEY] = scopes
+    for value in (*_activations(graph), *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    graph.name = "chatglm"
+
+
+def _activations(graph: ir.Graph) -> list[ir.Value]:
+    """The graph's inputs and every output of its nodes."""
+    return [*graph.inputs, *(value for node in graph for value in node.outputs)]
+
+
 def name_dimensions(model: ir.Model) -> None:
-    """Give the symbols of dynamo (s18, s17 + s22, ...) the names a reader expects, everywhere in the graph."""
+    """Rename dynamo's symbols (s18, s17 + s22, ...) to batch, sequence, past and total, everywhere in the graph."""
     shapes = {value.name: value.shape for value in model.graph.inputs}
-    places = [("batch", "input_ids", 0), ("sequence", "input_ids", 1), ("past", "past_key_values.0.key", 0),
-              ("total", "attention_mask", 3)]  # fmt: skip
     names: dict[str, str] = {}
-    for dimension, name, axis in places:
+    for dimension, name, axis in _DIMENSIONS:
         shape = shapes.get(name)
         if shape is not None:
             names.setdefault(str(shape[axis]), dimension)
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    for value in values:
+    for value in _activations(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
 

@@ -1,40 +1,51 @@
-"""TODO."""
+"""Take the weights out of a traced graph: each becomes an address in a shard, or an input of the graph."""
 
 from collections.abc import Collection
 
 import onnx_ir as ir
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.checkpoints.shards import StoredTensor
 
-_STORED = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
 
-
-def refer_to_shards(model: ir.Model, checkpoint: Checkpoint, wanted: ir.DataType) -> None:
-    """Point every weight into its shard; where it is stored in another dtype, a Cast in the graph converts it."""
+def refer_to_shards(model: ir.Model, checkpoint: Checkpoint) -> None:
+    """Point every weight into its shard; a Cast in the graph converts it where the graph computes in another dtype."""
     graph = model.graph
     for name in [name for name in graph.initializers if name in checkpoint.tensors]:
-        stored = checkpoint.tensors[name]
-        value = graph.initializers.pop(name)
-        data = ir.ExternalTensor(
-            stored.file.name, stored.offset, stored.nbytes, _STORED[stored.dtype], shape=ir.Shape(stored.shape),
-            name=name, base_dir=str(checkpoint.directory),
-        )  # fmt: skip
-        weight = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(data.dtype), const_value=data)
-        if data.dtype == wanted:
-            value.replace_all_uses_with(weight)
+        traced = graph.initializers.pop(name)
+        weight = _stored_weight(name, checkpoint.tensors[name])
+        computed = traced.dtype
+        assert computed is not None
+        if weight.dtype == computed:
+            traced.replace_all_uses_with(weight)
         else:
-            cast = ir.node("Cast", [weight], {"to": wanted}, name=f"{name}.cast")
-            cast.outputs[0].name = f"{name}.{wanted.name.lower()}"
-            cast.outputs[0].shape, cast.outputs[0].type = weight.shape, ir.TensorType(wanted)
-            value.replace_all_uses_with(cast.outputs[0])
+            cast = ir.node("Cast", [weight], {"to": computed}, name=f"{name}.cast")
+            cast.outputs[0].name = f"{name}.{computed.name.lower()}"
+            cast.outputs[0].shape, cast.outputs[0].type = weight.shape, ir.TensorType(computed)
+            traced.replace_all_uses_with(cast.outputs[0])
             graph.insert_before(graph[0], cast)
         graph.register_initializer(weight)
 
 
+def _stored_weight(name: str, stored: StoredTensor) -> ir.Value:
+    """An initializer whose data are a range of bytes of the shard."""
+    shape, dtype = ir.Shape(stored.shape), ir.DataType.from_short_name(stored.dtype.lower())
+    data = ir.ExternalTensor(
+        stored.file.name,
+        stored.offset,
+        stored.nbytes,
+        dtype,
+        shape=shape,
+        name=name,
+        base_dir=str(stored.file.parent),
+    )
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=data)
+
+
 def make_inputs(model: ir.Model, names: Collection[str]) -> None:
-    """Take weights out of the graph: what runs it hands them in, by name, with every call."""
+    """Make inputs of the weights of these names: whoever runs the graph passes them with every call."""
     graph = model.graph
     for name in [name for name in graph.initializers if name in names]:
-        value = graph.initializers.pop(name)
-        value.const_value = None
-        graph.inputs.append(value)
+        weight = graph.initializers.pop(name)
+        weight.const_value = None
+        graph.inputs.append(weight)

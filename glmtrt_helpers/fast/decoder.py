@@ -16,11 +16,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +34,7 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.builder import BuildOptions, BuildReport, Progress, build_engine
 from glmtrt_helpers.engines.profiles import Profile, Range, chat_profiles
-from glmtrt_helpers.export import exporting
+from glmtrt_helpers.export import exporting, graph_passes, weights_in_shards
 from glmtrt_helpers.export.exporting import ExportReport
 from glmtrt_helpers.fast.session import PARTS, input_dims, part_path
 
@@ -230,7 +230,7 @@ def export_fast(
     """Write `model.DTYPE.fast.PART.onnx` beside the shards, for each part, and return what was written."""
     if dtype not in DTYPES:
         raise WorkbookError(f"dtype {dtype!r} is not exported: choose fp16 or fp32.")
-    checkpoint = exporting.in_place(checkpoint, progress)
+    checkpoint = exporting.with_linkable_shards(checkpoint, progress)
     blank_id = load_tokenizer(checkpoint).blank_id
     return [_export_part(checkpoint, dtype, part, blank_id, progress) for part in PARTS]
 
@@ -238,6 +238,7 @@ def export_fast(
 def _export_part(
     checkpoint: Checkpoint, dtype: str, part: str, blank_id: int, progress: Callable[[str], None]
 ) -> ExportReport:
+    started = time.perf_counter()
     with torch.device("meta"):
         model = make_part(part, checkpoint.config, DTYPES[dtype], blank_id)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -251,7 +252,9 @@ def _export_part(
         kwargs[name] = torch.zeros(sizes, dtype=torch.long if name.endswith("_ids") else DTYPES[dtype])
         moving[name] = {axis: axes[dim] for axis, dim in enumerate(all_dims[name]) if dim in axes}
 
-    def trace() -> ir.Model:
+    path = part_path(checkpoint, dtype, part)
+    progress(f"tracing {path.stem} with dynamo")
+    with exporting.quiet():
         program = torch.onnx.export(
             model,
             kwargs=kwargs,
@@ -264,10 +267,10 @@ def _export_part(
             verbose=False,
         )
         assert program is not None
-        return program.model
-
-    path = part_path(checkpoint, dtype, part)
-    return exporting.write_traced(checkpoint, dtype, path, trace, weights=list(weights), progress=progress)
+        graph_passes.simplify(program.model, checkpoint, weights)
+    graph_passes.name_dimensions(program.model)
+    weights_in_shards.make_inputs(program.model, weights)
+    return exporting.write_graph(program.model, checkpoint, path, "dynamo", started)
 
 
 def profiles_of(part: str, profiles: Sequence[Profile]) -> list[Profile]:

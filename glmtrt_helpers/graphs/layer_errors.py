@@ -1,8 +1,8 @@
-"""Notebook 04: where a graph begins to differ from PyTorch, tensor by tensor along the layers.
+"""Notebook 04: where a graph begins to differ from PyTorch, layer by layer.
 
 "The error is too large to use" becomes the name of a place: the tensors between the modules, and every softmax, become
-outputs of the graph, PyTorch is watched at the same places, and the errors are plotted in the order of the computation.
-An engine that was built from the marked graph is compared the same way.
+outputs of the graph, PyTorch is hooked at the same places, and the errors are listed in the order of the computation.
+An engine built from the marked graph is compared the same way.
 """
 
 import json
@@ -27,7 +27,10 @@ from glmtrt_helpers.sessions.onnxruntime import plain_session
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a graph is from the reference at one point. scale: the reference's largest value there."""
+    """The largest error of a graph at one point.
+
+    scale: the reference's largest value there. own_error: the error of PyTorch's own fp16; None in fp32.
+    """
 
     point: Point
     error: float
@@ -45,7 +48,7 @@ class LayerError:
 
 
 def layer_points(model: onnx.ModelProto, num_layers: int) -> list[Point]:
-    """The points at which a graph can be compared with PyTorch, in the order of the computation, and their tensors.
+    """The points where a graph can be compared with PyTorch, in the order of the computation.
 
     Raises WorkbookError for a graph whose nodes do not say which module they came from.
     """
@@ -55,16 +58,16 @@ def layer_points(model: onnx.ModelProto, num_layers: int) -> list[Point]:
     ]
     for i in range(num_layers):
         base = f"transformer.layers.{i}"
-        behind = "transformer.final_layernorm" if i + 1 == num_layers else f"transformer.layers.{i + 1}.input_layernorm"
+        after = "transformer.final_layernorm" if i + 1 == num_layers else f"transformer.layers.{i + 1}.input_layernorm"
         places += [
             (i, "input_layernorm", f"{base}.input_layernorm", "out"),
             (i, "softmax", f"{base}.attention", "softmax"),
-            (i, "attention", f"{base}.attention.dense", "in"),  # softmax times values, all heads side by side
+            (i, "attention", f"{base}.attention.dense", "in"),  # softmax @ value, the heads concatenated
             (i, "attention.dense", f"{base}.attention.dense", "out"),
             (i, "attention residual", f"{base}.post_attention_layernorm", "in"),
             (i, "post_attention_layernorm", f"{base}.post_attention_layernorm", "out"),
             (i, "mlp", f"{base}.mlp", "out"),
-            (i, "output", behind, "in"),
+            (i, "output", after, "in"),
         ]
     places.append((None, "final_layernorm", "transformer.final_layernorm", "out"))
     points = [Point(*place, tensor=_tensor_at(index, place[2], place[3])) for place in places]
@@ -79,8 +82,8 @@ def _tensor_at(index: GraphIndex, module: str, side: str) -> str:
         tensors = list(index.entering(members) if side == "in" else index.leaving(members))
     if len(tensors) != 1:
         raise WorkbookError(
-            f"the graph has {len(tensors)} tensors that go {side} at {module}, not one: its nodes do not tell which "
-            "module they came from, export it with notebook 03_export_onnx."
+            f"the graph has {len(tensors)} tensors for {side!r} of {module}, not one: its nodes do not say "
+            "which module they came from; export it with notebook 03_export_onnx."
         )
     return tensors[0]
 
@@ -88,8 +91,8 @@ def _tensor_at(index: GraphIndex, module: str, side: str) -> str:
 def mark_layers(onnx_path: str | Path, target: str | Path, num_layers: int) -> list[Point]:
     """Write a copy of the graph whose outputs include the tensors of `layer_points`, and return the points.
 
-    target must lie beside the graph, for its weights are found from there. An engine built from the copy can be handed
-    to `layer_errors`.
+    target must be in the graph's folder, where its weights are found. A session of the copy, or of an engine built from
+    it, can be passed to `compare_layers`.
     """
     model = load_graph(onnx_path)
     points = layer_points(model, num_layers)
@@ -112,7 +115,7 @@ def compare_layers(
 ) -> list[LayerError]:
     """Compare the graph with PyTorch at every point, in the order of the computation.
 
-    session: what runs the graph with the outputs of `mark_layers`; ONNX Runtime by default. Raises as `verify` does.
+    session: runs the graph that `mark_layers` writes; ONNX Runtime by default. Raises as `verify` does.
     """
     path = check_exported(checkpoint, dtype, onnx_path)
     marked = path.with_name(path.stem + ".layers.onnx")
@@ -125,12 +128,14 @@ def compare_layers(
     if fitted is None:
         raise WorkbookError(f"the case {case.name!r} does not fit: {why}.")
     one = references(checkpoint, dtype, [fitted], points)[0]
-    got = run_tensors(session, one.flat)
+    actual = run_tensors(session, one.flat)
     errors = []
     for point in points:
-        if point.tensor not in got:
-            raise WorkbookError(f"the session gives no {point.tensor!r}: build it from the graph of `mark_layers`.")
-        error, scale = largest_error(point.tensor, one.flat, one.wanted[point.tensor], got[point.tensor])
+        if point.tensor not in actual:
+            raise WorkbookError(
+                f"the session has no output {point.tensor!r}: build it from the graph that `mark_layers` writes."
+            )
+        error, scale = largest_error(point.tensor, one.flat, one.expected[point.tensor], actual[point.tensor])
         own_error = one.own_errors.get(point.tensor)
         allowed = tolerance(session.arithmetic or dtype, scale, own_error, LAYER_MARGIN)
         errors.append(LayerError(point, error, scale, allowed, own_error))
@@ -138,18 +143,18 @@ def compare_layers(
 
 
 def save_errors(errors: Sequence[LayerError], path: Path, about: str) -> None:
-    """Keep a comparison, to be shown where it cannot be made; about: where and with what it was."""
+    """Write a comparison as JSON, to be shown on machines that cannot make it. about: the hardware and the runtime."""
     entry = {"about": about, "errors": [asdict(error) for error in errors]}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
 
 def load_errors(path: Path) -> tuple[list[LayerError], str]:
-    """What `save_errors` kept."""
+    """The errors and `about` that `save_errors` wrote."""
     entry = json.loads(path.read_text(encoding="utf-8"))
     return [LayerError(**{**error, "point": Point(**error["point"])}) for error in entry["errors"]], entry["about"]
 
 
 def first_difference(errors: Sequence[LayerError]) -> LayerError | None:
-    """The first point beyond its tolerance, as in "layer 1 attention"; None where all are within."""
+    """The first point over its tolerance; None if all are within."""
     return next((error for error in errors if not error.ok), None)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Notebook 04's pictures: the errors along the layers, and the whole graph in netron."""
 
 import logging
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from glmtrt_helpers.graphs.layer_errors import LayerError, first_difference
 
 
 def plot_layer_errors(errors: Sequence[LayerError], title: str = "") -> Figure:
-    """Error at every point over the largest value there, beside what is allowed; the first one beyond is marked."""
+    """Error and tolerance at every point, relative to the largest value there; marks the first one over tolerance."""
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     x = range(len(errors))
-    # Equal numbers have no place on a log axis: they lie on a floor below all others.
+    # An error of 0 has no place on a log axis: it is drawn below all others.
     floor = min((e.error / e.scale for e in errors if e.error > 0), default=1e-8) / 3
 
     def curve(values: Sequence[float]) -> list[float]:
         return [max(value / error.scale, floor) for value, error in zip(values, errors, strict=True)]
 
-    axis.plot(x, curve([e.tolerance for e in errors]), color="#777777", linestyle="--", label="allowed")
+    axis.plot(x, curve([e.tolerance for e in errors]), color="#777777", linestyle="--", label="tolerance")
     if all(e.own_error is not None for e in errors):
         axis.plot(
             x, curve([e.own_error or 0.0 for e in errors]), color=display.DECODE, marker=".", label="PyTorch fp16"
@@ -33,37 +33,44 @@ def plot_layer_errors(errors: Sequence[LayerError], title: str = "") -> Figure:
     if first:
         at = list(errors).index(first)
         axis.axvline(at, color=display.ALARM, linewidth=1)
-        axis.annotate(f"first beyond: {first.name}", (at, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
-                      textcoords="offset points", color=display.ALARM, va="top")  # fmt: skip
+        axis.annotate(
+            f"first over tolerance: {first.name}",
+            (at, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            color=display.ALARM,
+            va="top",
+        )
     axis.set_yscale("log")
-    axis.set_ylim(top=10 * axis.get_ylim()[1])  # room for the mark's text above the curves
+    axis.set_ylim(top=10 * axis.get_ylim()[1])  # room for the annotation above the curves
     axis.set_ylabel("largest error / largest value")
     axis.set_xticks(*_ticks(errors), rotation=90, fontsize=8)
-    axis.set_title(title or "Where the graph begins to differ from PyTorch", loc="left", pad=22)  # above the legend
+    axis.set_title(title or "Error of the graph, layer by layer", loc="left", pad=22)  # above the legend
     axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
     plt.close(figure)
     return figure
 
 
 def _ticks(errors: Sequence[LayerError]) -> tuple[list[int], list[str]]:
-    """Every point where there is room for its name, else the input of every layer."""
+    """Positions and names of the ticks: every point if the names fit, else one point of each layer."""
     if len(errors) <= 40:
         return list(range(len(errors))), [error.name for error in errors]
-    chosen = [i for i, error in enumerate(errors) if error.point.part in ("embeddings", "input_layernorm", "logits")]
-    return chosen, [errors[i].name.replace(" input_layernorm", "") for i in chosen]
+    selected = [i for i, error in enumerate(errors) if error.point.part in ("embeddings", "input_layernorm", "logits")]
+    return selected, [errors[i].name.replace(" input_layernorm", "") for i in selected]
 
 
 def netron_view(onnx_path: str | Path, height: int = 600) -> Any:
-    """An IPython IFrame of the whole graph in netron, served on a free local port; replaces the view before.
+    """An IPython IFrame of the whole graph in netron, served on a free local port; ends the previous view.
 
-    It lives as long as the kernel. Who reads the notebook without one has the picture of `draw_layer`.
+    It lives as long as the kernel; without a kernel the notebook shows the picture of `draw_layer`.
     """
     import netron
     from IPython.display import IFrame
 
-    load_graph(onnx_path)  # a missing file should be the workbook's error, not a blank frame
+    load_graph(onnx_path)  # a missing file is reported here, not as a blank frame
     netron.stop()
-    # Without a handler netron would set up logging for the whole process, and every library would start to talk.
+    # Without a handler on the root logger, netron configures logging, and every library's log would be printed.
     quiet = logging.NullHandler()
     logging.getLogger().addHandler(quiet)
     try:

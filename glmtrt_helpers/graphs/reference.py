@@ -1,11 +1,11 @@
-"""What the right answer is: the cases, their inputs, what PyTorch makes of them, and how far from it is still right.
+"""What a graph is compared with: the cases, their inputs, and the outputs that PyTorch computes for them.
 
-The reference never passed through a patch: the source as it came, in fp32, with the checkpoint's fp16 weights.
+The reference is the unpatched source in fp32, with the checkpoint's fp16 weights. The error of an fp16 graph is
+measured against it and compared with the error of PyTorch's own fp16 (`tolerances`).
 
-In fp16 the measuring rod is PyTorch's own fp16: a graph may be wrong by half as much again, not more. But the rotary
-angles of an fp16 model are no rounding noise: behind position 512 they are off by up to a quarter radian, and every
-backend has to be off by the same. So the fp32 reference of an fp16 graph takes its angles in fp16, as the source does
-in fp16, and all that is left between the two is the noise of the arithmetic.
+The rotary angles of an fp16 model are not rounding noise: after position 512 they are off by up to a quarter radian,
+and every backend must be off by the same. So the fp32 reference of an fp16 graph computes its angles in fp16, as the
+model does, and only the rounding noise of the arithmetic is left between the two.
 """
 
 import gc
@@ -30,9 +30,10 @@ from glmtrt_helpers.sessions.pytorch import TorchSession
 
 @dataclass(frozen=True)
 class Case:
-    """A shape to compare at. padding: tokens at the left of each row that are padding, counted from the past's start.
+    """A shape to compare at: rows, new tokens and tokens in the cache.
 
-    at_end: positions are moved up until the largest is the last that the model has, max_length - 1.
+    padding: number of padding tokens at the left of each row, counted from the start of the past; none by default.
+    at_end: shift the positions so that the largest is the model's last one, max_length - 1.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Case:
     at_end: bool = False
 
 
-# (2, 5, 3), the example of the export, is not among them.
+# (2, 5, 3), the example that the export traces, is not among them.
 CASES = (
     Case("one token, no past", 1, 1, 0),
     Case("prompt", 1, 17, 0),
@@ -56,12 +57,12 @@ CASES = (
     Case("left-padded decode", 2, 1, 11, padding=(0, 4)),
     Case("last positions", 2, 4, 2, at_end=True),
 )
-# Mask, padding and batch at once: where a single case has to do.
+# Mask, padding and batch in one case, for comparisons that run only one.
 LAYER_CASE = CASES[7]
 
 
 def fit(case: Case, max_length: int) -> tuple[Case | None, str]:
-    """The case, with a shorter past where the model is too short for it; None where even that does not fit; and why."""
+    """The case, with a shorter past if the model has too few positions, or None if that is not enough; and why."""
     if case.past + case.sequence <= max_length:
         return case, ""
     past = max_length - case.sequence
@@ -72,9 +73,10 @@ def fit(case: Case, max_length: int) -> tuple[Case | None, str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the model: what goes into ("in") or comes out of ("out") the module at `module`, or its "softmax".
+    """A tensor between two modules, in PyTorch and in the graph.
 
-    tensor: its name in the graph. layer: None outside of the layers.
+    layer: None outside the layers. part: its name within the layer. module: path of a PyTorch module.
+    side: "in" or "out" is the module's input or output, "softmax" the softmax in it. tensor: its name in the graph.
     """
 
     layer: int | None
@@ -90,11 +92,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Reference:
-    """A case made ready. own_errors: by tensor the error of PyTorch fp16 against `wanted`; empty in fp32."""
+    """A case with its inputs and the outputs expected for them, by tensor name.
+
+    flat: inputs in the dtype of the graph. expected: outputs in fp32, those at the points included.
+    own_errors: largest error of PyTorch's own fp16 in each output; empty for an fp32 graph.
+    """
 
     case: Case
     flat: dict[str, torch.Tensor]
-    wanted: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]
     own_errors: dict[str, float]
 
 
@@ -105,9 +111,10 @@ def references(
     points: Sequence[Point] = (),
     progress: Callable[[str], None] = lambda phase: None,
 ) -> list[Reference]:
-    """Inputs in dtype and fp32 outputs of every case, those at `points` among them.
+    """Inputs in dtype and fp32 outputs of every case, those at `points` included.
 
-    One model is in memory at a time: fp16 stays mapped from the shards, fp32 of a large one is streamed by layers.
+    One model is in memory at a time: in fp16 its weights stay mapped from the shards, in fp32 a large one is streamed
+    layer by layer.
     """
     session = _source_session(checkpoint, torch.float32, rotary=DTYPES[dtype], points=points)
     ready = []
@@ -118,63 +125,64 @@ def references(
     if dtype == "fp32":
         return ready
     del session
-    gc.collect()  # modules hold each other in cycles; 27 GB should not wait for the collector's leisure
+    gc.collect()  # modules refer to each other in cycles, and 27 GB should not wait for a collection
     session = _source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
     progress("PyTorch fp16")
     return [replace(one, own_errors=_own_errors(one, run_tensors(session, one.flat))) for one in ready]
 
 
 def run_tensors(session: Session, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One call of forward with its outputs as tensors, which share the session's memory."""
+    """One call of forward; the outputs are tensors that share the session's memory."""
     return {name: torch.as_tensor(array) for name, array in session.run(flat).items()}
 
 
-def _own_errors(one: Reference, got: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return {name: largest_error(name, one.flat, wanted, got[name])[0] for name, wanted in one.wanted.items()}
+def _own_errors(one: Reference, actual: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {name: largest_error(name, one.flat, expected, actual[name])[0] for name, expected in one.expected.items()}
 
 
 class _TracedSession(TorchSession):
-    """PyTorch whose outputs include what passed the points."""
+    """PyTorch with the tensors at the points among its outputs."""
 
     def __init__(self, model: torch.nn.Module, points: Sequence[Point]):
         super().__init__(model)
         self.points = points
 
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        seen: dict[str, torch.Tensor] = {}
-        between = [point for point in self.points if point.side != "softmax"]
-        handles = [_watch(self.model.get_submodule(point.module), point, seen) for point in between]
+        traced: dict[str, torch.Tensor] = {}
+        at_modules = [point for point in self.points if point.side != "softmax"]
+        handles = [_hook(self.model.get_submodule(point.module), point, traced) for point in at_modules]
         try:
-            with _SoftmaxWatch() as watch:
+            with _SoftmaxOutputs() as softmaxes:
                 outputs = super().run(flat)
-            inside = [point for point in self.points if point.side == "softmax"]
-            seen |= {point.tensor: tensor for point, tensor in zip(inside, watch.seen, strict=bool(inside))}
-            return outputs | {name: tensor.cpu().numpy() for name, tensor in seen.items()}
+            in_modules = [point for point in self.points if point.side == "softmax"]
+            found = zip(in_modules, softmaxes.outputs, strict=bool(in_modules))
+            traced |= {point.tensor: output for point, output in found}
+            return outputs | {name: tensor.cpu().numpy() for name, tensor in traced.items()}
         finally:
             for handle in handles:
                 handle.remove()
 
 
-class _SoftmaxWatch(TorchFunctionMode):
-    """Keeps what every softmax gives, in order; it is a function inside the attention, no module to hang a hook on."""
+class _SoftmaxOutputs(TorchFunctionMode):
+    """Keeps the output of every softmax, in order; the attention calls a function, so there is no module to hook."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "softmax":
-            self.seen.append(output)
+            self.outputs.append(output)
         return output
 
 
-def _watch(module: torch.nn.Module, point: Point, seen: dict[str, torch.Tensor]) -> RemovableHandle:
+def _hook(module: torch.nn.Module, point: Point, traced: dict[str, torch.Tensor]) -> RemovableHandle:
     def before(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        seen[point.tensor] = args[0]
+        traced[point.tensor] = args[0]
 
     def after(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[point.tensor] = output[0] if isinstance(output, tuple) else output
+        traced[point.tensor] = output[0] if isinstance(output, tuple) else output
 
     return module.register_forward_pre_hook(before) if point.side == "in" else module.register_forward_hook(after)
 
@@ -182,10 +190,10 @@ def _watch(module: torch.nn.Module, point: Point, seen: dict[str, torch.Tensor])
 def _source_session(
     checkpoint: Checkpoint, dtype: torch.dtype, rotary: torch.dtype, points: Sequence[Point]
 ) -> _TracedSession:
-    """The source as it came, in dtype, with the rotary tables that it computes in the dtype `rotary`."""
+    """The unpatched source in dtype, with its rotary tables computed in the dtype `rotary`."""
     model = loading.load_bounded(checkpoint, dtype, code=checkpoint.pristine_code)
     for module in model.modules():
-        # The source builds positions, angles and tables in inv_freq's dtype.
+        # The source computes positions, angles and tables in inv_freq's dtype.
         if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
             module.inv_freq = module.inv_freq.to(rotary)
     return _TracedSession(model, points)

@@ -1,7 +1,7 @@
-"""Which module of the PyTorch source each node of a graph came from, and what kind of thing each tensor is.
+"""Which PyTorch module each node of a graph came from, and whether a tensor is a constant, a shape or data.
 
-The dynamo exporter writes the module's path into a node's metadata, the TorchScript exporter into its name; what an
-optimiser added since has neither, and belongs where its neighbours belong.
+The dynamo exporter writes the module's path into a node's metadata, the TorchScript exporter into its name. A node that
+an optimizer added has neither, and takes the path of a neighbour.
 """
 
 import ast
@@ -16,7 +16,7 @@ _DYNAMO_KEY = "pkg.torch.onnx.name_scopes"
 
 
 def written_scope(node: onnx.NodeProto) -> str | None:
-    """Path of the module that the exporter noted, as in `transformer.layers.0.attention`; None where it noted none."""
+    """The module's path as the exporter wrote it, such as `transformer.layers.0.attention`; None if it wrote none."""
     for entry in node.metadata_props:
         if entry.key == _DYNAMO_KEY:
             names = ast.literal_eval(entry.value)  # ["", module, module.submodule, ..., the operation itself]
@@ -25,11 +25,11 @@ def written_scope(node: onnx.NodeProto) -> str | None:
 
 
 class GraphIndex:
-    """Lookups over one graph, whose nodes are in an order in which they can run.
+    """Lookups over one graph, whose nodes are topologically sorted.
 
-    nodes: as in the graph. producer: index of the node that writes a tensor. readers: indexes of those that read it.
-    kinds: per tensor CONSTANT (known at export), SHAPE (follows from the sizes of the inputs) or DATA.
-    scopes: per node the path of its module, "" for the outermost.
+    nodes: in the graph's order. producer: index of the node that writes a tensor. readers: indexes of those that read
+    it. kinds: CONSTANT (known at export), SHAPE (follows from the sizes of the inputs) or DATA, by tensor.
+    scopes: the path of each node's module, "" for the outermost.
     """
 
     def __init__(self, model: onnx.ModelProto):
@@ -46,7 +46,7 @@ class GraphIndex:
         self.kinds |= dict.fromkeys(self.initializers, CONSTANT)
         for node in self.nodes:
             self.kinds |= dict.fromkeys(node.output, self._kind(node))
-        self.scopes = self._adopt([written_scope(node) for node in self.nodes])
+        self.scopes = self._with_neighbours([written_scope(node) for node in self.nodes])
 
     def _kind(self, node: onnx.NodeProto) -> str:
         kinds = {self.kinds.get(name, CONSTANT) for name in node.input if name}
@@ -54,17 +54,17 @@ class GraphIndex:
             return CONSTANT if kinds <= {CONSTANT} else SHAPE
         return next((kind for kind in (DATA, SHAPE) if kind in kinds), CONSTANT)
 
-    def _adopt(self, noted: list[str | None]) -> list[str]:
-        """Give a node without a scope that of the node before it or, where only constants go in, of the node behind."""
+    def _with_neighbours(self, scopes: list[str | None]) -> list[str]:
+        """Give a node without a scope that of the node before it or, if it reads only constants, of the one after."""
         for i, node in enumerate(self.nodes):
-            if noted[i] is None:
-                before = (noted[self.producer[name]] for name in node.input if name in self.producer)
-                noted[i] = next((scope for scope in before if scope is not None), None)
+            if scopes[i] is None:
+                before = (scopes[self.producer[name]] for name in node.input if name in self.producer)
+                scopes[i] = next((scope for scope in before if scope is not None), None)
         for i in reversed(range(len(self.nodes))):
-            if noted[i] is None:
-                behind = (noted[j] for name in self.nodes[i].output for j in self.readers.get(name, ()))
-                noted[i] = next((scope for scope in behind if scope is not None), None)
-        return [scope or "" for scope in noted]
+            if scopes[i] is None:
+                after = (scopes[j] for name in self.nodes[i].output for j in self.readers.get(name, ()))
+                scopes[i] = next((scope for scope in after if scope is not None), None)
+        return [scope or "" for scope in scopes]
 
     def data_inputs(self, i: int) -> list[str]:
         """The tensors of kind DATA that a node reads, in order."""
@@ -92,7 +92,7 @@ class GraphIndex:
         return {i for i, scope in enumerate(self.scopes) if scope == path or scope.startswith(path + ".")}
 
     def entering(self, members: set[int]) -> Iterator[str]:
-        """Data tensors that a set of nodes reads and does not write, each once, in order."""
+        """Data tensors that a set of nodes reads and does not write, each once, in the graph's order."""
         seen = set()
         for i in sorted(members):
             for name in self.nodes[i].input:
@@ -101,7 +101,7 @@ class GraphIndex:
                     yield name
 
     def leaving(self, members: set[int]) -> Iterator[str]:
-        """Data tensors that a set of nodes writes and that are outputs, or read outside for more than their size."""
+        """Data tensors that a set of nodes writes and that are graph outputs, or read outside for more than a size."""
         for i in sorted(members):
             for name in self.nodes[i].output:
                 outside = any(

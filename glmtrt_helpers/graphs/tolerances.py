@@ -1,43 +1,48 @@
-"""TODO."""
+"""How the error of a tensor is measured, and how large it may be.
+
+In fp32: 1e-4 of the tensor's largest value. In fp16: 1.5 times the error of PyTorch's own fp16, or 2e-3 of the largest
+value if that is more.
+"""
 
 from collections.abc import Mapping
 
 import torch
 
-# Allowed error as a part of the largest value of a tensor; in fp16 also so many times PyTorch's own error.
+# The error allowed at least, relative to the tensor's largest value; in fp16 also a multiple of PyTorch's own error.
 FLOORS = {"fp16": 2e-3, "fp32": 1e-4, "tf32": 1e-3}
 MARGIN = 1.5
-# One tensor of one layer is a small sample of the noise: of right graphs it was seen to reach 2.3 times PyTorch's own
+# One tensor of one layer is a small sample of rounding noise: in correct graphs it reached 2.3 times PyTorch's own
 # error, while faults begin at ten times.
 LAYER_MARGIN = 4.0
 
 
 def largest_error(
-    name: str, flat: Mapping[str, torch.Tensor], wanted: torch.Tensor, got: torch.Tensor
+    name: str, flat: Mapping[str, torch.Tensor], expected: torch.Tensor, actual: torch.Tensor
 ) -> tuple[float, float]:
-    """Largest difference between two tensors and the largest magnitude of the wanted one, padding left out.
+    """(largest absolute difference, largest absolute expected value) of a tensor, without its padded positions.
 
-    What stands at a padded position means nothing: no real token ever looks there, and how a row is filled that may
-    see nothing at all is each backend's own choice. It must be finite all the same, for a NaN that is looked at with
-    weight 0 is still a NaN: anything that is not finite makes the error NaN.
+    flat: the inputs, whose mask says what is padding. The values at a padded position mean nothing: no real token
+    attends to it, and each backend fills a row that attends to nothing in its own way. They must be finite all the
+    same, because a NaN with attention weight 0 is still a NaN: any value that is not finite makes the error NaN.
     """
-    if wanted.ndim == 4 and not name.startswith("present."):  # a softmax, (batch, heads, sequence, total)
-        wanted, got = wanted.permute(2, 0, 1, 3), got.permute(2, 0, 1, 3)
-    # The last token sees everything but padding.
-    padded = flat["attention_mask"][:, 0, -1, :].expand(wanted.shape[0 if name == "logits" else 1], -1)
+    if expected.ndim == 4 and not name.startswith("present."):  # a softmax, (batch, heads, sequence, total)
+        expected, actual = expected.permute(2, 0, 1, 3), actual.permute(2, 0, 1, 3)
+    # The last token attends to everything but padding.
+    padded = flat["attention_mask"][:, 0, -1, :].expand(expected.shape[0 if name == "logits" else 1], -1)
     # Logits are (batch, sequence, vocabulary), all else is (sequence or past + sequence, batch, ...).
-    keep = ~padded[:, -wanted.shape[1] :] if name == "logits" else ~padded[:, -wanted.shape[0] :].T
-    scale = float(wanted[keep].abs().max())
-    if not torch.isfinite(got).all():
+    keep = ~padded[:, -expected.shape[1] :] if name == "logits" else ~padded[:, -expected.shape[0] :].T
+    scale = float(expected[keep].abs().max())
+    if not torch.isfinite(actual).all():
         return float("nan"), scale
-    return float((got[keep].float() - wanted[keep].float()).abs().max()), scale
+    return float((actual[keep].float() - expected[keep].float()).abs().max()), scale
 
 
 def tolerance(dtype: str, scale: float, own_error: float | None, margin: float = MARGIN) -> float:
-    """The error allowed for a tensor whose largest value is `scale`; own_error: PyTorch fp16's, None in fp32.
+    """The error allowed for a tensor whose largest value is `scale`.
 
-    dtype "tf32" is fp32 whose products round their inputs to ten bits, as TensorRT does unless it is told not to.
+    own_error: the error of PyTorch's own fp16 there; None in fp32. dtype "tf32" is fp32 whose matmuls round their
+    inputs to 10 bits of mantissa, TensorRT's default.
     """
     floor = FLOORS[dtype] * scale * (margin / MARGIN if dtype == "tf32" else 1)
-    # Where PyTorch fp16 itself overflows it is no measure.
+    # Where PyTorch's fp16 overflows, its error is no measure.
     return max(floor, margin * own_error) if own_error is not None and own_error < float("inf") else floor

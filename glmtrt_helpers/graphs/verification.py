@@ -1,7 +1,7 @@
-"""Notebook 04: does the exported graph compute what the model computes, and if not, where does it begin to differ?
+"""Notebook 04: does the exported graph compute what the model computes, at shapes that the export has not traced?
 
-`verify` compares outputs at shapes that the export has not seen; `layer_errors` compares what every layer hands to the
-next. What is right, and how far from it is still right, is said in `glmtrt_helpers/references.py`.
+The expected outputs come from `reference`, the errors allowed from `tolerances`; `layer_errors` finds where a graph
+begins to differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,17 @@ from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export import exporting
+from glmtrt_helpers.graphs.checks import problems
 from glmtrt_helpers.graphs.reference import CASES, Case, Reference, fit, references, run_tensors
-from glmtrt_helpers.graphs.summary import check_weights, problems
+from glmtrt_helpers.graphs.summary import check_weights
 from glmtrt_helpers.graphs.tolerances import largest_error, tolerance
 from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.onnxruntime import plain_session
 
 
 @dataclass(frozen=True)
-class Row:
-    """One case: the worst tensor, its largest error, what was allowed, and PyTorch fp16's own error (None in fp32)."""
+class CaseResult:
+    """The worst tensor of one case: its largest error, its tolerance, and PyTorch's own fp16 error (None in fp32)."""
 
     case: Case
     tensor: str
@@ -41,11 +42,11 @@ class Row:
 
 @dataclass
 class Verification:
-    """What `verify` found. skipped: cases that the model is too short for; problems: those of `summary.problems`."""
+    """What `verify` found. skipped: cases that the model has too few positions for, and why; problems: of `checks`."""
 
     onnx_path: Path
     dtype: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[CaseResult] = field(default_factory=list)
     skipped: list[tuple[Case, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -58,10 +59,10 @@ class Verification:
         notes += [f"skipped {case.name}: {why}" for case, why in self.skipped] + self.problems
         table = Table(title=f"{self.onnx_path.name} against PyTorch", title_justify="left")
         table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
-        # Tight enough for a terminal of 80 characters.
+        # Narrow enough for a terminal of 80 characters.
         table.box, table.padding, table.pad_edge = SIMPLE_HEAD, 0, False
         table.add_column("case", min_width=11, overflow="fold")
-        for column in ("batch", "new", "past", "error", "allowed", "PyTorch\nfp16"):
+        for column in ("batch", "new\ntokens", "past", "error", "tolerance", "PyTorch\nfp16"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("worst tensor", no_wrap=True)
         table.add_column("ok")
@@ -83,8 +84,8 @@ def verify(
 ) -> Verification:
     """Compare the exported graph with PyTorch at every case: logits and all presents.
 
-    onnx_path: `model.DTYPE.onnx` of the checkpoint by default. session: what runs the graph, ONNX Runtime by default;
-    an engine that was built from the graph can take its place.
+    onnx_path: `model.DTYPE.onnx` of the checkpoint by default. session: what runs the graph, such as an engine that
+    was built from it; ONNX Runtime by default.
     Raises WorkbookError where the graph is missing, older than the source, or another checkpoint's.
     """
     path = check_exported(checkpoint, dtype, onnx_path)
@@ -106,47 +107,49 @@ def verify(
 
 
 def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | None) -> Path:
-    """The graph's path, once it is clear that it is this checkpoint's and not out of date."""
+    """The graph's path, after checking that it is this checkpoint's and was exported from its present source."""
     if dtype not in DTYPES:
-        raise WorkbookError(f"{dtype!r} is no precision of this workbook: take one of {', '.join(DTYPES)}.")
+        raise WorkbookError(f"{dtype!r} is not a precision of this workbook: choose one of {', '.join(DTYPES)}.")
     path = Path(onnx_path) if onnx_path else exporting.onnx_path(checkpoint, dtype)
     model = load_graph(path)
     check_weights(path, model)
-    noted = {entry.key: entry.value for entry in model.metadata_props}.get(exporting.CODE_KEY)
-    # A file that does not say from which source it came can only be told by its age.
+    exported_from = {entry.key: entry.value for entry in model.metadata_props}.get(exporting.CODE_KEY)
+    # A file without that entry can only be judged by its age.
     newer = path.stat().st_mtime >= checkpoint.code.stat().st_mtime
-    if not (noted == code_sha256(checkpoint.code) if noted else newer):
+    if not (exported_from == code_sha256(checkpoint.code) if exported_from else newer):
         raise WorkbookError(
-            f"{path} was exported from another state of {checkpoint.code.name} than the one beside it, which was "
+            f"{path} was exported from another version of {checkpoint.code.name}, which was "
             f"patched or replaced since: run notebook 03_export_onnx or `glmtrt export {checkpoint.directory}` again."
         )
     layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
     shapes = expected_shapes(checkpoint.config)
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
     if layers != checkpoint.num_layers or other:
-        what = f"the shape of {other[0]} differs" if other else f"{layers} layers for {checkpoint.num_layers}"
+        what = f"the shape of {other[0]} differs" if other else f"{layers} layers instead of {checkpoint.num_layers}"
         raise WorkbookError(
             f"{path} was exported from another checkpoint ({what}): export {checkpoint.directory} again."
         )
     return path
 
 
-def _compare(one: Reference, session: Session, dtype: str) -> Row:
-    """Run one case and keep the tensor that is worst for what it is allowed. A run that fails is a row that fails."""
+def _compare(one: Reference, session: Session, dtype: str) -> CaseResult:
+    """Run one case and return the tensor that comes closest to its tolerance. A run that fails is a case that fails."""
     try:
-        got = run_tensors(session, one.flat)
+        actual = run_tensors(session, one.flat)
     except Exception as failure:  # each backend raises its own kinds
-        return Row(one.case, "-", float("inf"), 0.0, None, False, str(failure).strip().splitlines()[0])
+        return CaseResult(one.case, "-", float("inf"), 0.0, None, False, str(failure).strip().splitlines()[0])
     rows = []
-    for name, wanted in one.wanted.items():
+    for name, expected in one.expected.items():
         if name == "logits" and session.last_only:
-            wanted = wanted[:, -1:]
-        if name not in got or got[name].shape != wanted.shape:
-            shape = tuple(got[name].shape) if name in got else "missing"
-            return Row(one.case, name, float("inf"), 0.0, None, False, f"shape {shape} for {tuple(wanted.shape)}")
-        error, scale = largest_error(name, one.flat, wanted, got[name])
+            expected = expected[:, -1:]
+        if name not in actual or actual[name].shape != expected.shape:
+            shape = tuple(actual[name].shape) if name in actual else "missing"
+            return CaseResult(
+                one.case, name, float("inf"), 0.0, None, False, f"shape {shape} instead of {tuple(expected.shape)}"
+            )
+        error, scale = largest_error(name, one.flat, expected, actual[name])
         own_error = one.own_errors.get(name)
         allowed = tolerance(dtype, scale, own_error)
         note = "" if error == error else "not finite"
-        rows.append(Row(one.case, name, error, allowed, own_error, error <= allowed, note))
+        rows.append(CaseResult(one.case, name, error, allowed, own_error, error <= allowed, note))
     return max(rows, key=lambda row: row.error / row.tolerance if row.error == row.error else float("inf"))

@@ -43,7 +43,7 @@ def test_memory_of_export_and_build_follows_from_the_weights(middle: Path) -> No
 
 
 def test_a_failing_phase_is_named(tiny_random: Path) -> None:
-    with pytest.raises(WorkbookError, match=r"phase 'export' failed: glmtrt: .* still has the trap"):
+    with pytest.raises(WorkbookError, match=r"phase 'export' failed: glmtrt: .* still contains the export blocker"):
         memory.measure_memory(tiny_random, ("export",))
 
 

@@ -12,6 +12,7 @@ from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.engines import fp32_accumulation
 from glmtrt_helpers.engines.builder import BuildOptions, build_engine
 from glmtrt_helpers.export import exporting
+from glmtrt_helpers.graphs.tensorrt_parser import parse
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def parsed(path: Path) -> tuple[Any, ...]:
     """The package, a network, and what has to live as long."""
     trt = tensorrt_package.choose(building=True).module
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
-    assert parser.parse_from_file(str(path))
+    builder, network, parser, errors = parse(trt, trt.Logger(trt.Logger.ERROR), path)
+    assert not errors
     return trt, network, parser, builder
 
 

@@ -1,4 +1,4 @@
-"""Notebook 03's helper: the graph, its weights in the shards, its numbers, what it refuses, and a killed export."""
+"""The exported file: its inputs and outputs, its numbers, what is refused, and an export that is killed."""
 
 import gc
 import os
@@ -8,157 +8,70 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 import torch
 from support.checkpoints import to_bin
 
 from glmtrt_helpers.checkpoints import loading
-from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs.reference import run_tensors
 from glmtrt_helpers.inputs.examples import example_inputs
-from glmtrt_helpers.inputs.names import input_names, output_names
 from glmtrt_helpers.patches import patching
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 from glmtrt_helpers.sessions.pytorch import TorchSession
 
-SHAPES = [(1, 1, 0), (1, 7, 0), (4, 3, 0), (1, 1, 1), (4, 1, 600), (2, 6, 40)]
-
-
-@pytest.fixture(scope="session")
-def exported(_random_master: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A patched copy of the random checkpoint with model.fp16.onnx and model.fp32.onnx; shared, only read."""
-    directory = Path(shutil.copytree(_random_master, tmp_path_factory.mktemp("exported") / "chatglm_random"))
-    patching.patch_checkpoint(directory)
-    for dtype in loading.DTYPES:
-        exporting.export_model(open_checkpoint(directory), dtype)
-    return directory
-
-
-def graph(path: Path) -> onnx.ModelProto:
-    return onnx.load(path, load_external_data=False)
-
-
-def external(tensor: onnx.TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
-
-
-@pytest.mark.parametrize("dtype", loading.DTYPES)
-def test_every_weight_is_an_address_in_a_shard_and_nothing_is_copied(exported: Path, dtype: str) -> None:
-    checkpoint = open_checkpoint(exported)
-    model = graph(exported / f"model.{dtype}.onnx")
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, stored in checkpoint.tensors.items():
-        if "inv_freq" in name:
-            continue
-        address = external(initializers[name])
-        assert address["location"] == stored.file.name and tuple(initializers[name].dims) == stored.shape
-        assert (int(address["offset"]), int(address["length"])) == (stored.offset, stored.nbytes)
-        assert initializers[name].data_type == onnx.TensorProto.FLOAT16
-    inside = [tensor for tensor in model.graph.initializer if not tensor.external_data]
-    tables = {tuple(tensor.dims) for tensor in inside if len(tensor.dims) == 2}
-    assert tables == {(checkpoint.max_length, checkpoint.head_size // 2)}
-    assert sum(len(tensor.raw_data) for tensor in inside if len(tensor.dims) == 2) < 5 * 1024 * 8 * 4
-    assert (exported / f"model.{dtype}.onnx").stat().st_size < 300_000
-
-
-def test_tables_are_what_pytorch_computes_in_that_dtype(exported: Path) -> None:
-    """To the bit, for PyTorch computed both, here; late positions too, where fp16 angles are far from fp32 ones."""
-    checkpoint = open_checkpoint(exported)
-    for dtype, torch_dtype in loading.DTYPES.items():
-        model = loading.load_model(checkpoint, torch_dtype, code=checkpoint.pristine_code)
-        rotary = model.transformer.layers[0].attention.rotary_emb
-        cos, sin = rotary(torch.zeros(1, dtype=torch_dtype), seq_len=checkpoint.max_length)
-        found = [
-            onnx.numpy_helper.to_array(tensor)
-            for tensor in graph(exported / f"model.{dtype}.onnx").graph.initializer
-            if len(tensor.dims) == 2 and not tensor.external_data
-        ]
-        assert len(found) == 2
-        for table in (cos, sin):
-            assert any(np.array_equal(table[:, 0].numpy(), array) for array in found), dtype
-
-
-def test_names_and_free_dimensions(exported: Path) -> None:
-    model = graph(exported / "model.fp16.onnx").graph
-    shape = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*model.input, *model.output)
-    }
-    assert list(shape) == input_names(2) + output_names(2)
-    assert shape["input_ids"] == ["batch", "sequence"] and shape["position_ids"] == ["batch", 2, "sequence"]
-    assert shape["attention_mask"] == ["batch", 1, "sequence", "total"]
-    assert shape["past_key_values.1.value"] == ["past", "batch", 4, 16]
-    assert shape["present.1.key"] == ["total", "batch", 4, 16] and shape["logits"] == ["batch", "sequence", 480]
+SHAPES = [(1, 1, 0), (1, 7, 0), (4, 3, 0), (1, 1, 1), (4, 1, 600), (2, 6, 40)]  # batch, sequence, past
 
 
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("dtype", loading.DTYPES)
-def test_numbers_at_shapes_never_exported(exported: Path, dtype: str, optimize: bool) -> None:
-    checkpoint = open_checkpoint(exported)
+def test_numbers_are_pytorchs_at_shapes_never_exported(exported: Checkpoint, dtype: str, optimize: bool) -> None:
     torch_dtype = loading.DTYPES[dtype]
-    session = OrtSession(exported / f"model.{dtype}.onnx", optimize=optimize)
-    reference = TorchSession(loading.load_model(checkpoint, torch_dtype, code=checkpoint.pristine_code))
+    session = OrtSession(exporting.onnx_path(exported, dtype), optimize=optimize)
+    reference = TorchSession(loading.load_model(exported, torch_dtype, code=exported.pristine_code))
     for shape in SHAPES:
-        flat = example_inputs(checkpoint, *shape, dtype=torch_dtype, padding=[0, *[1] * (shape[0] - 1)])
-        got, wanted = run_tensors(session, flat), run_tensors(reference, flat)
-        for name, tensor in wanted.items():
-            error = (got[name].float() - tensor.float()).abs().max().item()
+        flat = example_inputs(exported, *shape, dtype=torch_dtype, padding=[0, *[1] * (shape[0] - 1)])
+        actual, expected = run_tensors(session, flat), run_tensors(reference, flat)
+        for name, tensor in expected.items():
+            error = (actual[name].float() - tensor.float()).abs().max().item()
             assert error <= (1e-5 if dtype == "fp32" else 6e-3) * max(1.0, tensor.abs().max().item()), (shape, name)
 
 
-def test_tensorrt_rtx_parses_and_builds_it_without_a_gpu(exported: Path) -> None:
-    tensorrt = pytest.importorskip("tensorrt_rtx")
-    builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
-    network = builder.create_network()
-    parser = tensorrt.OnnxParser(network, tensorrt.Logger(tensorrt.Logger.ERROR))
-    assert parser.parse_from_file(str(exported / "model.fp16.onnx"))
-    config = builder.create_builder_config()
-    for sequence, past in (((1, 8, 64), (0, 0, 0)), ((1, 1, 1), (1, 32, 128))):
-        profile = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            sizes = []
-            for s, p in zip(sequence, past, strict=True):
-                total = {"input_ids": (1, s), "position_ids": (1, 2, s), "attention_mask": (1, 1, s, s + p)}
-                sizes.append(total.get(tensor.name, (p, 1, 4, 16)))
-            profile.set_shape(tensor.name, *sizes)
-        config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None
+@pytest.mark.parametrize(("exporter", "opset"), [("dynamo", 19), ("dynamo", 23), ("torchscript", 17)])
+def test_other_opsets_and_the_exporter_of_2023_give_the_same_numbers(
+    exported: Checkpoint, exporter: str, opset: int
+) -> None:
+    report = exporting.export_model(exported, "fp32", exporter=exporter, opset=opset)
+    assert report.path.name == f"model.fp32.{exporter}{opset}.onnx" and (report.exporter, report.opset) == (
+        exporter,
+        opset,
+    )
+    model = load_graph(report.path)
+    assert [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [opset]
+    assert report.path.stat().st_size == report.file_bytes < 600_000  # the weights are not in it
+    flat = example_inputs(exported, 3, 4, 9)
+    actual = torch.from_numpy(OrtSession(report.path).run(flat)["logits"])
+    expected = torch.from_numpy(OrtSession(exporting.onnx_path(exported, "fp32")).run(flat)["logits"])
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("opset", [19, 23])
-def test_later_opsets_give_the_same_numbers(exported: Path, opset: int) -> None:
-    checkpoint = open_checkpoint(exported)
-    report = exporting.export_model(checkpoint, "fp32", opset=opset)
-    assert report.path.name == f"model.fp32.dynamo{opset}.onnx"
-    assert graph(report.path).opset_import[0].version == opset
-    flat = example_inputs(checkpoint, 3, 4, 9)
-    got = torch.from_numpy(OrtSession(report.path).run(flat)["logits"])
-    wanted = torch.from_numpy(OrtSession(exported / "model.fp32.onnx").run(flat)["logits"])
-    assert torch.allclose(got, wanted, atol=1e-5)
-
-
-def test_the_exporter_of_2023_gives_the_same_numbers(exported: Path) -> None:
-    checkpoint = open_checkpoint(exported)
-    report = exporting.export_model(checkpoint, "fp32", exporter="torchscript", opset=17)
-    flat = example_inputs(checkpoint, 3, 4, 9)
-    got = torch.from_numpy(OrtSession(report.path).run(flat)["logits"])
-    wanted = torch.from_numpy(OrtSession(exported / "model.fp32.onnx").run(flat)["logits"])
-    assert torch.allclose(got, wanted, atol=1e-5)
-    assert report.path.stat().st_size < 600_000
-
-
-def test_exporting_twice_gives_the_same_bytes_without_a_machines_paths(exported: Path) -> None:
-    path = exported / "model.fp16.onnx"
+def test_exporting_twice_gives_the_same_bytes_and_a_report_that_counts_them(exported: Checkpoint) -> None:
+    path = exporting.onnx_path(exported, "fp16")
     before = path.read_bytes()
-    exporting.export_model(open_checkpoint(exported), "fp16")
-    assert path.read_bytes() == before
-    assert str(exported.parent).encode() not in before and b"site-packages" not in before
-    assert b"transformer.layers.1.attention" in before  # a node still says which layer it came from
+    phases: list[str] = []
+    report = exporting.export_model(exported, "fp16", progress=phases.append)
+    assert path.read_bytes() == before and phases == [
+        "tracing 2 layers with dynamo",
+        "simplifying the graph",
+        "writing model.fp16.onnx",
+    ]
+    stored = [tensor for name, tensor in exported.tensors.items() if "inv_freq" not in name]
+    assert (report.path, report.exporter, report.opset) == (path, "dynamo", 18)
+    assert report.file_bytes == len(before) and report.referred_bytes == sum(tensor.nbytes for tensor in stored)
+    assert sum(report.nodes.values()) == len(load_graph(path).graph.node) and report.nodes["Softmax"] == 2
 
 
 @pytest.mark.parametrize(
@@ -170,9 +83,9 @@ def test_exporting_twice_gives_the_same_bytes_without_a_machines_paths(exported:
         ({"exporter": "torchscript", "opset": 21}, "17 to 20"),
     ],
 )
-def test_refuses_what_it_cannot_do(exported: Path, request_: dict[str, object], says: str) -> None:
+def test_refuses_what_it_cannot_do(exported: Checkpoint, request_: dict[str, object], says: str) -> None:
     with pytest.raises(WorkbookError, match=says):
-        exporting.export_model(open_checkpoint(exported), **request_)  # type: ignore[arg-type]
+        exporting.export_model(exported, **request_)  # type: ignore[arg-type]
 
 
 def test_a_source_the_exporter_cannot_follow_is_one_sentence(tiny_random: Path) -> None:
@@ -183,17 +96,32 @@ def test_a_source_the_exporter_cannot_follow_is_one_sentence(tiny_random: Path) 
     line = "        hidden_states = inputs_embeds.transpose(0, 1)"
     assert line in source
     checkpoint.code.write_text(source.replace(line, "        print(input_ids.sum().item() > 3 and 1 or 2)\n" + line))
-    usual = gc.get_threshold()
+    threshold = gc.get_threshold()
     with pytest.raises(
         WorkbookError, match=r"dynamo exporter cannot follow this source \(GuardOnDataDependent"
     ) as caught:
         exporting.export_model(checkpoint, "fp32")
-    assert gc.get_threshold() == usual
+    assert gc.get_threshold() == threshold
     assert "\n" not in str(caught.value) and not list(tiny_random.glob("*.onnx"))
 
 
-def test_refuses_an_unpatched_source_by_the_traps_name(tiny_random: Path) -> None:
-    with pytest.raises(WorkbookError, match=r"rotary_flatten.*02_patch_rotary_flatten"):
+def test_a_source_whose_trace_loses_an_input_is_refused(tiny_random: Path) -> None:
+    """A fork that does not mask at all: traced without complaint, and attention_mask is not read."""
+    patching.patch_checkpoint(tiny_random)
+    checkpoint = open_checkpoint(tiny_random)
+    source = checkpoint.code.read_text()
+    line = "attention_scores.masked_fill_(attention_mask"
+    assert source.count(line) == 1
+    checkpoint.code.write_text(
+        source.replace(line, "attention_scores.masked_fill_(attention_scores != attention_scores")
+    )
+    with pytest.raises(WorkbookError, match="lost the input attention_mask: check the patches"):
+        exporting.export_model(checkpoint, "fp32")
+    assert not list(tiny_random.glob("*.onnx"))
+
+
+def test_refuses_an_unpatched_source_by_the_blockers_name(tiny_random: Path) -> None:
+    with pytest.raises(WorkbookError, match=r"export blocker rotary_flatten.*02_patch_rotary_flatten"):
         exporting.export_model(open_checkpoint(tiny_random))
     assert not list(tiny_random.glob("*.onnx"))
 
@@ -210,20 +138,21 @@ def test_refuses_symbolic_links_and_names_the_working_copy(tiny_random: Path, tm
 
 def test_bin_shards_are_streamed_into_safetensors(tiny_random: Path) -> None:
     before = open_checkpoint(tiny_random)
-    wanted = loading.read_tensors(before, list(before.tensors), torch.float16)
+    expected = loading.read_tensors(before, list(before.tensors), torch.float16)
     to_bin(tiny_random)
     patching.patch_checkpoint(tiny_random)
     exporting.export_model(open_checkpoint(tiny_random), "fp16")
     after = open_checkpoint(tiny_random)
-    assert after.is_safetensors and after.tensors.keys() == wanted.keys()
-    got = loading.read_tensors(after, list(wanted), torch.float16)
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert after.is_safetensors and after.tensors.keys() == expected.keys()
+    actual = loading.read_tensors(after, list(expected), torch.float16)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     OrtSession(tiny_random / "model.fp16.onnx").run(example_inputs(after, 1, 2, 3, torch.float16))
 
 
-def test_killed_midway_loses_nothing_and_a_rerun_succeeds(exported: Path, tmp_path: Path) -> None:
-    """SIGKILL with half of the temporary file written: the old model stands, the next run sweeps up."""
-    directory = Path(shutil.copytree(exported, tmp_path / "killed"))
+@pytest.mark.slow
+def test_killed_midway_loses_nothing_and_a_rerun_succeeds(exported: Checkpoint, tmp_path: Path) -> None:
+    """SIGKILL with half of the temporary file written: the old model stands, the next run removes the half."""
+    directory = Path(shutil.copytree(exported.directory, tmp_path / "killed"))
     path = directory / "model.fp16.onnx"
     before = path.read_bytes()
     program = (

@@ -22,7 +22,7 @@ from glmtrt_helpers.fast import backends as fast_backends
 from glmtrt_helpers.fast.decoder import GIVES, Last, build_fast, export_fast, rotary_tables
 from glmtrt_helpers.fast.session import PARTS, FastOrtSession, part_path, weight_names
 from glmtrt_helpers.graphs import verification
-from glmtrt_helpers.graphs.summary import problems
+from glmtrt_helpers.graphs.checks import problems
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.decode_loop import greedy
 from glmtrt_helpers.standin import train

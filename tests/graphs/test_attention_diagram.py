@@ -11,13 +11,14 @@ import pytest
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from onnx import numpy_helper, parser
-from support.exporting import exported_copy
+from support.exporting import exported_copy, path_of
 
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export.exporting import export_model
 from glmtrt_helpers.graphs import attention_diagram
-from glmtrt_helpers.graphs.attention_diagram import Box, Diagram, draw_layer
+from glmtrt_helpers.graphs.attention_diagram import Box, Diagram, draw_layer, layer_nodes
 
 SVG = "{http://www.w3.org/2000/svg}"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -173,3 +174,24 @@ def test_only_what_has_one_reader_is_folded() -> None:
 def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkbookError, match=r"no node of transformer\.layers\.2\.attention"):
         draw_layer(exported_copy(tmp_path).directory / "model.fp16.onnx", 2)
+
+
+def test_layer_nodes_are_the_layers_own(checkpoint: Checkpoint) -> None:
+    model = load_graph(path_of(checkpoint))
+    attention = [layer_nodes(model, layer) for layer in range(2)]
+    for layer, nodes in enumerate(attention):
+        kinds = [node.op_type for node in nodes]
+        # Four matmuls: query_key_value, scores, context, dense.
+        assert kinds.count("Softmax") == 1 and kinds.count("MatMul") == 4 and kinds.count("Where") == 1
+        written = {name for node in nodes for name in node.output}
+        assert {f"present.{layer}.key", f"present.{layer}.value"} <= written
+        assert f"present.{1 - layer}.key" not in written
+    names = [{node.name for node in nodes} for nodes in attention]
+    assert names[0].isdisjoint(names[1])
+    mlp = layer_nodes(model, 1, "mlp")
+    assert [node.op_type for node in mlp].count("Tanh") == 1 and names[1].isdisjoint(node.name for node in mlp)
+    whole = {node.name for node in layer_nodes(model, 1, "")}
+    assert names[1] | {node.name for node in mlp} < whole
+    for layer, part in ((2, "attention"), (0, "feed_forward")):
+        with pytest.raises(WorkbookError, match=f"no node of transformer.layers.{layer}.{part}"):
+            layer_nodes(model, layer, part)

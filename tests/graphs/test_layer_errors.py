@@ -1,28 +1,18 @@
-"""Layer by layer: a right graph is within its tolerance everywhere, and a damaged place is named."""
+"""Layer by layer: a correct graph is within its tolerance everywhere, and a damaged place is named."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from support.exporting import Damage, editing, exported_copy, one_thread, replace_weight, set_alpha_once
-from test_verification import QKV, Changed, damaged, nudge
+from support.checkpoints import ROOT
+from support.exporting import QKV, Changed, Damage, damaged, editing, nudge, replace_weight, set_alpha_once
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.graphs.layer_errors import compare_layers, first_difference, mark_layers
-from glmtrt_helpers.graphs.plots import plot_layer_errors
+from glmtrt_helpers.graphs.layer_errors import compare_layers, first_difference, load_errors, mark_layers, save_errors
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
 
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Checkpoint:
-    return exported_copy(tmp_path)
-
-
-def test_layers_of_a_right_graph_are_all_within(checkpoint: Checkpoint) -> None:
+def test_layers_of_a_correct_graph_are_all_within(checkpoint: Checkpoint) -> None:
     before = {path.name for path in checkpoint.directory.iterdir()}
     for dtype in ("fp16", "fp32"):
         errors = compare_layers(checkpoint, dtype)
@@ -71,7 +61,7 @@ def test_layers_of_another_session(checkpoint: Checkpoint) -> None:
     errors = compare_layers(checkpoint, "fp32", session=Changed(session, nudge(changed.tensor, 1e-2)))
     assert [error.name for error in errors if not error.ok] == ["layer 0 mlp"]
     assert next(error.error for error in errors if not error.ok) == pytest.approx(1e-2, rel=0.01)
-    with pytest.raises(WorkbookError, match="build it from the graph of `mark_layers`"):
+    with pytest.raises(WorkbookError, match="build it from the graph that `mark_layers` writes"):
         compare_layers(checkpoint, session=OrtSession(checkpoint.directory / "model.fp16.onnx"))
 
 
@@ -79,28 +69,19 @@ def test_a_graph_without_scopes_has_no_layers(checkpoint: Checkpoint) -> None:
     with editing(checkpoint.directory / "model.fp16.onnx") as model:
         for node in model.graph.node:
             del node.metadata_props[:]
-    with pytest.raises(WorkbookError, match="do not tell which module"):
+    with pytest.raises(WorkbookError, match="do not say which module"):
         compare_layers(checkpoint)
     assert not (checkpoint.directory / "model.fp16.layers.onnx").exists()
 
 
-def test_the_plot_marks_the_first_layer_beyond(checkpoint: Checkpoint) -> None:
-    path = damaged(checkpoint, "fp16", PLACES["mlp"][0])
-    errors = compare_layers(checkpoint, onnx_path=path)
-    (axis,) = plot_layer_errors(errors).axes
-    assert axis.get_yscale() == "log" and "largest" in axis.get_ylabel()
-    assert [text.get_text() for text in axis.texts] == ["first beyond: layer 1 mlp"]
-    lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axis.lines}
-    at = [error.name for error in errors].index("layer 1 mlp")
-    assert lines["the graph"][at] == pytest.approx(errors[at].error / errors[at].scale)
-    assert (lines["the graph"] <= lines["allowed"]).tolist() == [error.ok for error in errors]
-    assert "PyTorch fp16" in lines and (lines["PyTorch fp16"] > 0).all()
-    # The embeddings are exact, and still on the picture.
-    assert errors[0].error == 0 and 0 < lines["the graph"][0] < lines["the graph"][1:].min()
-    assert [label.get_text() for label in axis.get_xticklabels()] == [error.name for error in errors]
-    right = [replace(error, error=0.0) for error in errors]
-    assert not plot_layer_errors(right).axes[0].texts
-    # 28 layers have no room for every name.
-    many = [replace(e, point=replace(e.point, layer=i)) for i in range(28) for e in errors[1:9]]
-    labels = [label.get_text() for label in plot_layer_errors(many).axes[0].get_xticklabels()]
-    assert labels == [f"layer {i}" for i in range(28)]
+def test_errors_are_read_back_as_they_were_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for dtype in ("fp16", "fp32"):  # with and without PyTorch's own error
+        errors = compare_layers(checkpoint, dtype)
+        save_errors(errors, tmp_path / "errors.json", "one card, one runtime")
+        assert load_errors(tmp_path / "errors.json") == (errors, "one card, one runtime")
+
+
+@pytest.mark.parametrize("name", ["drift_6b_fp16", "drift_6b_fp32", "layer_errors_h200"])
+def test_the_committed_errors_are_within_their_tolerances(name: str) -> None:
+    errors, about = load_errors(ROOT / "benchmarks" / f"{name}.json")
+    assert about and first_difference(errors) is None and errors[-1].name == "logits"

@@ -1,14 +1,12 @@
-"""Where nodes came from and what tensors are, on graphs small enough to know by heart."""
-
-from pathlib import Path
+"""Which module a node came from and what kind a tensor is, on small graphs and on an export."""
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
-from support.exporting import exported_copy
+from support.exporting import path_of
 
-from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.graphs.scopes import CONSTANT, DATA, SHAPE, GraphIndex, written_scope
 
@@ -45,11 +43,11 @@ def test_kinds_follow_from_the_inputs() -> None:
     }  # fmt: skip
 
 
-def test_scopes_are_read_and_lent_to_neighbours() -> None:
+def test_scopes_are_read_and_given_to_neighbours() -> None:
     index = GraphIndex(small())
     by_type = dict(zip((node.op_type for node in index.nodes), index.scopes, strict=True))
     linear = "outer.linear"
-    # Transpose has only a weight before it and takes the scope behind it; the others take the one before.
+    # Transpose has only a weight before it and takes the scope after it; the others take the one before.
     assert by_type == {
         "Transpose": linear, "MatMul": linear, "Shape": linear, "Reshape": linear, "Split": linear, "Add": "outer",
         "Mul": linear,
@@ -62,7 +60,7 @@ def test_what_crosses_the_border_of_a_module() -> None:
     members = {0, 1}
     assert list(index.entering(members)) == ["x"]
     assert list(index.leaving(members)) == ["h"]
-    # A tensor read twice enters once; what comes of weights alone is no data.
+    # A tensor read twice enters once; what is computed from weights alone is not data.
     assert list(index.entering({6})) == ["r"] and list(index.leaving({0})) == []
     assert list(index.leaving({3})) == ["r"] and list(index.leaving({5})) == ["y"]
     # h is read outside of {1, 3} by Shape alone.
@@ -77,20 +75,9 @@ def test_torchscript_writes_the_scope_into_the_name(name: str, scope: str | None
     assert written_scope(onnx.helper.make_node("MatMul", ["a"], ["b"], name=name)) == scope
 
 
-def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.fp16.onnx"
-    with pytest.raises(WorkbookError, match=r"missing: run notebook 03_export_onnx or `glmtrt export"):
-        load_graph(path)
-    for content in (b"", b"PK\x03\x04 not a graph", b"\x08"):
-        path.write_bytes(content)
-        with pytest.raises(WorkbookError, match="is not an ONNX model"):
-            load_graph(path)
-
-
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_every_module_of_an_export_is_found_with_its_one_input(tmp_path: Path, dtype: str) -> None:
-    checkpoint = exported_copy(tmp_path)
-    index = GraphIndex(load_graph(checkpoint.directory / f"model.{dtype}.onnx"))
+def test_every_module_of_an_export_is_found_with_its_one_input(checkpoint: Checkpoint, dtype: str) -> None:
+    index = GraphIndex(load_graph(path_of(checkpoint, dtype)))
     for layer in range(2):
         for module in (
             "input_layernorm",
@@ -103,5 +90,5 @@ def test_every_module_of_an_export_is_found_with_its_one_input(tmp_path: Path, d
             assert len(list(index.entering(members))) == 1, module
             assert len(list(index.leaving(members))) == 1, module
             weights = {root for i in members for root in index.nodes[i].input if root in index.initializers}
-            wanted = {name for name in checkpoint.tensors if name.startswith(f"transformer.layers.{layer}.{module}.")}
-            assert wanted <= weights, module
+            expected = {name for name in checkpoint.tensors if name.startswith(f"transformer.layers.{layer}.{module}.")}
+            assert expected <= weights, module

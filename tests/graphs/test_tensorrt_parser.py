@@ -1,12 +1,14 @@
-"""What TensorRT's parser says: the famous sentence on a Squeeze without axes, and nothing on a sound graph."""
+"""What TensorRT's parser says: the well-known sentence on a Squeeze without axes, and nothing on a correct graph."""
 
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from support.exporting import path_of
 
-from glmtrt_helpers.graphs.tensorrt_parser import inspect_capability, tensorrt_errors
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.graphs.tensorrt_parser import inspect_capability, parse, tensorrt_errors
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -42,6 +44,28 @@ def test_squeeze_with_axes_is_read() -> None:
 def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"garbage")
     assert tensorrt_errors(tmp_path / "model.onnx")
+    assert tensorrt_errors(tmp_path / "missing.onnx")
+
+
+@pytest.mark.slow
+def test_an_export_is_parsed_and_built_without_a_gpu(checkpoint: Checkpoint) -> None:
+    assert tensorrt_errors(path_of(checkpoint)) == []
+    log = tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR)
+    builder, network, parser, errors = parse(tensorrt_rtx, log, path_of(checkpoint))
+    assert errors == [] and network.get_flag(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    config = builder.create_builder_config()
+    for sequence, past in (((1, 8, 64), (0, 0, 0)), ((1, 1, 1), (1, 32, 128))):
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            sizes = []
+            for s, p in zip(sequence, past, strict=True):
+                total = {"input_ids": (1, s), "position_ids": (1, 2, s), "attention_mask": (1, 1, s, s + p)}
+                sizes.append(total.get(tensor.name, (p, 1, 4, 16)))
+            profile.set_shape(tensor.name, *sizes)
+        config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+    del parser
 
 
 def test_polygraphy_names_operator_node_and_reason(tmp_path: Path) -> None:
@@ -53,6 +77,6 @@ def test_polygraphy_names_operator_node_and_reason(tmp_path: Path) -> None:
     said = inspect_capability(tmp_path / "broken.onnx")
     assert "FancySqueeze" in said and "rotary/Squeeze" in said
     assert "not supported" in said or "Plugin not found" in said  # 1.6, and 1.7
-    onnx.save(lookup("axes"), tmp_path / "sound.onnx")
-    assert inspect_capability(tmp_path / "sound.onnx") == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "sound.onnx"]
+    onnx.save(lookup("axes"), tmp_path / "correct.onnx")
+    assert inspect_capability(tmp_path / "correct.onnx") == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "correct.onnx"]

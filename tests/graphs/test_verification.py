@@ -1,8 +1,8 @@
-"""Verification passes a right graph and fails a wrong one, and names the place where it begins to be wrong."""
+"""Verification passes a correct graph and fails a wrong one."""
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 from support.exporting import (
+    QKV,
+    Changed,
     Damage,
+    damaged,
     editing,
-    exported_copy,
-    one_thread,
+    nudge,
     replace_weight,
     set_scalar,
     set_tables,
@@ -35,26 +37,10 @@ from glmtrt_helpers.sessions.onnxruntime import OrtSession
 # Enough to see each of the faults below, quicker than all of them.
 SOME = tuple(case for case in CASES if case.name in ("chunk on a past", "left-padded prompts", "last positions"))
 SHORT = (Case("chunk on a past", 1, 6, 4),)
-QKV = "transformer.layers.1.attention.query_key_value.weight"
-
-
-__all__ = ["one_thread"]  # a fixture that every test here uses
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Checkpoint:
-    return exported_copy(tmp_path)
-
-
-def damaged(checkpoint: Checkpoint, dtype: str, damage: Damage) -> Path:
-    path = checkpoint.directory / f"model.{dtype}.onnx"
-    with editing(path) as model:
-        damage(model)
-    return path
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_a_right_graph_passes_every_case(checkpoint: Checkpoint, dtype: str) -> None:
+def test_a_correct_graph_passes_every_case(checkpoint: Checkpoint, dtype: str) -> None:
     result = verification.verify(checkpoint, dtype)
     assert result.ok and [row.case for row in result.rows] == list(CASES)
     assert not result.skipped and not result.problems
@@ -110,7 +96,7 @@ def test_a_table_of_the_examples_length_fails_where_it_ends(checkpoint: Checkpoi
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_nan_never_passes(checkpoint: Checkpoint, dtype: str) -> None:
-    """A mask of -inf is right for real tokens; a padded row that sees nothing becomes NaN, and spreads."""
+    """A mask of -inf is right for real tokens; a padded row that attends to nothing becomes NaN, and spreads."""
     path = damaged(checkpoint, dtype, set_scalar(-10000, float("-inf")))
     result = verification.verify(checkpoint, dtype, SOME, onnx_path=path)
     rows = {row.case.name: row for row in result.rows}
@@ -123,38 +109,15 @@ def test_a_problem_of_the_graph_is_not_ok(checkpoint: Checkpoint) -> None:
     with editing(checkpoint.directory / "model.fp32.onnx") as model:
         model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 6
     result = verification.verify(checkpoint, "fp32", SHORT)
-    assert result.rows[0].ok and not result.ok and "pinned to 6" in result.problems[0]
+    assert result.rows[0].ok and not result.ok and "is static (6)" in result.problems[0]
     assert not Verification(Path("model.fp32.onnx"), "fp32").ok
 
 
-class Changed:
-    """A session whose outputs go through a function."""
-
-    dtype = torch.float32
-    arithmetic = None
-    last_only = False
-
-    def __init__(self, session: OrtSession, change: Callable[[dict[str, torch.Tensor]], None]):
-        self.session, self.change = session, change
-
-    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        outputs = {name: torch.tensor(array) for name, array in self.session.run(flat).items()}
-        self.change(outputs)
-        return outputs
-
-
-def nudge(name: str, by: float) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(outputs: dict[str, torch.Tensor]) -> None:
-        outputs[name].view(-1)[-1] += by
-
-    return change
-
-
 def test_another_session_takes_the_place_of_onnx_runtime(checkpoint: Checkpoint) -> None:
-    """Every output is compared, to its last element; what a session leaves out, or bends, is named."""
+    """Every output is compared, to its last element; what a session omits or reshapes is named."""
     plain = OrtSession(checkpoint.directory / "model.fp32.onnx")
 
-    def verify(change: Callable[[dict[str, torch.Tensor]], None]) -> verification.Row:
+    def verify(change: Callable[[dict[str, torch.Tensor]], None]) -> verification.CaseResult:
         return verification.verify(checkpoint, "fp32", SHORT, session=Changed(plain, change)).rows[0]
 
     assert verify(lambda outputs: None).ok
@@ -165,7 +128,7 @@ def test_another_session_takes_the_place_of_onnx_runtime(checkpoint: Checkpoint)
     row = verify(lambda outputs: outputs.__delitem__("present.1.key"))
     assert not row.ok and row.tensor == "present.1.key" and "missing" in row.note
     row = verify(lambda outputs: outputs.update(logits=outputs["logits"][:, :1]))
-    assert not row.ok and "shape (1, 1, 480) for (1, 6, 480)" in row.note
+    assert not row.ok and "shape (1, 1, 480) instead of (1, 6, 480)" in row.note
 
 
 def test_a_model_that_is_too_short_says_so(checkpoint: Checkpoint) -> None:
@@ -196,10 +159,10 @@ def test_the_table_says_what_failed(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("look", [verification.verify, compare_layers])
 def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Checkpoint, look: Callable[..., object]) -> None:
     path = checkpoint.directory / "model.fp16.onnx"
-    with pytest.raises(WorkbookError, match="'bf16' is no precision"):
+    with pytest.raises(WorkbookError, match="'bf16' is not a precision"):
         look(checkpoint, "bf16")
     fewer = replace(checkpoint, config={**checkpoint.config, "num_layers": 1})
-    with pytest.raises(WorkbookError, match=r"from another checkpoint \(2 layers for 1\)"):
+    with pytest.raises(WorkbookError, match=r"from another checkpoint \(2 layers instead of 1\)"):
         look(fewer, "fp16")
     smaller = replace(checkpoint, config={**checkpoint.config, "vocab_size": 32})
     with pytest.raises(WorkbookError, match=r"from another checkpoint \(the shape of"):

@@ -3,13 +3,12 @@
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 import torch
 from onnx import numpy_helper
 from support.checkpoints import make_random
@@ -18,17 +17,10 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs.scopes import GraphIndex
 from glmtrt_helpers.patches import patching
+from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
+QKV = "transformer.layers.1.attention.query_key_value.weight"
 Damage = Callable[[onnx.ModelProto], None]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small run fastest on one thread; on a busy machine two wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache
@@ -46,6 +38,10 @@ def exported_copy(tmp_path: Path) -> Checkpoint:
     """A private copy of the exported checkpoint: 2 layers, hidden 64, 4 heads, 1024 positions."""
     target = shutil.copytree(Path(_master().name) / "chatglm_random", tmp_path / "chatglm_random")
     return open_checkpoint(target)
+
+
+def path_of(checkpoint: Checkpoint, dtype: str = "fp16") -> Path:
+    return exporting.onnx_path(checkpoint, dtype)
 
 
 @contextmanager
@@ -138,3 +134,36 @@ def set_alpha_once(layer: int, which: int, new: float) -> Damage:
                 nodes[which].input[i] = "another_alpha"
 
     return damage
+
+
+def damaged(checkpoint: Checkpoint, dtype: str, damage: Damage) -> Path:
+    """The graph of the checkpoint, damaged in place."""
+    path = path_of(checkpoint, dtype)
+    with editing(path) as model:
+        damage(model)
+    return path
+
+
+class Changed:
+    """A session whose outputs go through a function."""
+
+    dtype = torch.float32
+    arithmetic = None
+    last_only = False
+
+    def __init__(self, session: OrtSession, change: Callable[[dict[str, torch.Tensor]], None]):
+        self.session, self.change = session, change
+
+    def run(self, flat: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = {name: torch.tensor(array) for name, array in self.session.run(flat).items()}
+        self.change(outputs)
+        return outputs
+
+
+def nudge(name: str, by: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Add to the last element of an output."""
+
+    def change(outputs: dict[str, torch.Tensor]) -> None:
+        outputs[name].view(-1)[-1] += by
+
+    return change

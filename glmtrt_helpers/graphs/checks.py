@@ -1,0 +1,144 @@
+"""Notebook 04: what will fail later, seen in the graph alone.
+
+Static dimensions, dead or missing inputs, operators that TensorRT refuses, weights that are not the checkpoint's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import shape_inference
+
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.core.artifacts import is_part
+from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.graphs.scopes import DATA, GraphIndex
+from glmtrt_helpers.graphs.summary import check_weights, describe, location, true_inputs
+from glmtrt_helpers.inputs.names import axis_names, input_names, output_names
+
+# Valid in ONNX, refused by TensorRT's parser; a clean export has none of them.
+_SEQUENCE_OPS = ("SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence")
+
+
+@dataclass(frozen=True)
+class StaticDimension:
+    """An axis whose size changes during a chat and is a constant in the graph."""
+
+    tensor: str
+    axis: int
+    meaning: str
+    size: int
+
+
+def static_dimensions(model: onnx.ModelProto) -> list[StaticDimension]:
+    """Axes of inputs and outputs that have a fixed size although it changes during a chat."""
+    static = []
+    for value in [*true_inputs(model), *model.graph.output]:
+        axes = axis_names(value.name)
+        for axis, size in enumerate(describe(value).dims):
+            if axis in axes and isinstance(size, int):
+                static.append(StaticDimension(value.name, axis, axes[axis], size))
+    return static
+
+
+def dead_inputs(model: onnx.ModelProto) -> list[str]:
+    """Inputs that are declared but whose values reach no output; reading only an input's shape does not count."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    seen: set[str] = set()
+    pending = [value.name for value in model.graph.output]
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        node = producers.get(name)
+        if node is not None and node.op_type not in ("Shape", "Size"):
+            pending += _reads(node)
+    return [value.name for value in true_inputs(model) if value.name not in seen]
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """Tensors that a node reads, including those read in the branches of an If or the body of a Loop."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            names += _reads(inner)
+        names += [value.name for value in attribute.g.output]
+    return names
+
+
+def missing_inputs(model: onnx.ModelProto, num_layers: int) -> list[str]:
+    """Inputs that `forward` has and the graph does not; the usual one is attention_mask, 115 tensors instead of 116."""
+    present = {value.name for value in true_inputs(model)}
+    return [name for name in input_names(num_layers) if name not in present]
+
+
+def problems(onnx_path: str | Path, checkpoint: Checkpoint | None = None) -> list[str]:
+    """What will fail later, one sentence each; empty if nothing will. Raises as `summarize` does.
+
+    checkpoint: what the graph was exported from; without it, weights are not compared and the number of layers is taken
+    from the graph's outputs. A part of the fast decoder need not have the inputs and outputs of the whole model.
+    """
+    path = Path(onnx_path)
+    model = load_graph(path)
+    check_weights(path, model)
+    layers = checkpoint.num_layers if checkpoint else sum(v.name.endswith(".key") for v in model.graph.output)
+    found = [] if is_part(path) else list(_missing_or_static(model, layers))
+    found += [f"input {name} is declared, but its values reach no output." for name in dead_inputs(model)]
+    found += list(_refused_operators(model))
+    found += list(_misplaced_weights(model, checkpoint)) if checkpoint else []
+    return found
+
+
+def _missing_or_static(model: onnx.ModelProto, layers: int) -> Iterator[str]:
+    for found in static_dimensions(model):
+        where = f"axis {found.axis} of {found.tensor} ({found.meaning})"
+        yield f"{where} is static ({found.size}): export with a larger example and a dynamic dimension there."
+    outputs = {value.name for value in model.graph.output}
+    expected = len(input_names(layers)) + len(output_names(layers))
+    tensors = f"{len(true_inputs(model)) + len(outputs)} tensors instead of {expected}"
+    for name in missing_inputs(model, layers):
+        yield f"input {name} is missing ({tensors}): it was lost while tracing."
+    yield from (f"output {name} is missing." for name in output_names(layers) if name not in outputs)
+
+
+def _refused_operators(model: onnx.ModelProto) -> Iterator[str]:
+    index = GraphIndex(model)
+    try:
+        inferred = shape_inference.infer_shapes(model)
+    except shape_inference.InferenceError as error:
+        yield f"the shapes written in the file contradict each other: {str(error).strip().splitlines()[0]}."
+        inferred = model
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    for node in model.graph.node:
+        if node.op_type == "Range" and types.get(node.output[0]) == onnx.TensorProto.FLOAT16:
+            yield f"{node.name} is a Range in half precision, which ONNX Runtime and TensorRT refuse."
+        # The shape of a size or a constant is known, so TensorRT can tell which axes to drop.
+        if (
+            node.op_type == "Squeeze"
+            and index.kinds[node.input[0]] == DATA
+            and len(node.input) + len(node.attribute) < 2
+        ):
+            yield f"{node.name} is a Squeeze without axes, which TensorRT refuses on a dynamic dimension."
+        if node.op_type in _SEQUENCE_OPS:
+            yield f"{node.name} is a {node.op_type}, which TensorRT refuses: fold it with optimize_ir."
+
+
+def _misplaced_weights(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
+    """One sentence for all weights that are not the checkpoint's, with the first as an example."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    wrong = []
+    for name, shape in expected_shapes(checkpoint.config).items():
+        tensor, source = stored.get(name), checkpoint.tensors[name]
+        if tensor is None:
+            wrong.append(f"{name} is not an initializer (it was folded or renamed)")
+        elif tuple(tensor.dims) != shape:
+            wrong.append(f"{name} has shape {tuple(tensor.dims)} instead of {shape}")
+        elif tensor.external_data and source.offset is not None:
+            actual, expected = location(tensor), (source.file.name, source.offset, source.nbytes)
+            if actual != expected:
+                wrong.append(f"{name} is read from {actual} instead of {expected}")
+    if wrong:
+        yield f"weights that are not the checkpoint's: {len(wrong)}, the first: {wrong[0]}; export again."

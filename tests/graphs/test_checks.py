@@ -1,0 +1,117 @@
+"""Every fault that a graph can have is named in one sentence, and a good export has none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import parser
+from support.exporting import editing, path_of, shift_weight
+
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.graphs.checks import StaticDimension, dead_inputs, missing_inputs, problems, static_dimensions
+from glmtrt_helpers.graphs.summary import summarize
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_good_export_has_no_problem(checkpoint: Checkpoint, dtype: str) -> None:
+    assert problems(path_of(checkpoint, dtype), checkpoint) == []
+    assert problems(path_of(checkpoint, dtype)) == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "axis", "meaning"),
+    [
+        ("input_ids", 1, "sequence"),
+        ("position_ids", 0, "batch"),
+        ("attention_mask", 3, "total"),
+        ("past_key_values.1.key", 0, "past"),
+        ("present.0.value", 0, "total"),
+        ("logits", 1, "sequence"),
+    ],
+)
+def test_a_static_dimension_is_found(checkpoint: Checkpoint, tensor: str, axis: int, meaning: str) -> None:
+    with editing(path_of(checkpoint)) as model:
+        value = next(v for v in [*model.graph.input, *model.graph.output] if v.name == tensor)
+        value.type.tensor_type.shape.dim[axis].dim_value = 1
+    assert static_dimensions(load_graph(path_of(checkpoint))) == [StaticDimension(tensor, axis, meaning, 1)]
+    (sentence,) = problems(path_of(checkpoint), checkpoint)
+    assert f"axis {axis} of {tensor} ({meaning}) is static (1)" in sentence
+
+
+def test_an_input_that_nothing_reads_is_dead(checkpoint: Checkpoint) -> None:
+    """The branch on the mask's values, traced with nothing masked: declared, and no node reads it."""
+    with editing(path_of(checkpoint)) as model:
+        for node in model.graph.node:
+            for i, name in enumerate(node.input):
+                if name == "attention_mask":
+                    node.input[i] = "nothing_is_hidden"
+        nothing = onnx.helper.make_tensor("nothing_is_hidden", onnx.TensorProto.BOOL, [1, 1, 1, 1], [False])
+        model.graph.initializer.append(nothing)
+    assert dead_inputs(load_graph(path_of(checkpoint))) == ["attention_mask"]
+    assert problems(path_of(checkpoint), checkpoint) == [
+        "input attention_mask is declared, but its values reach no output."
+    ]
+
+
+def test_an_input_that_is_gone_is_missing(checkpoint: Checkpoint) -> None:
+    with editing(path_of(checkpoint)) as model:
+        model.graph.input.remove(next(value for value in model.graph.input if value.name == "attention_mask"))
+        model.graph.output.remove(next(value for value in model.graph.output if value.name == "present.1.key"))
+    assert missing_inputs(load_graph(path_of(checkpoint)), 2) == ["attention_mask"]
+    first, second = problems(path_of(checkpoint), checkpoint)
+    assert "attention_mask is missing (10 tensors instead of 12)" in first and "present.1.key is missing" in second
+
+
+@pytest.mark.parametrize(
+    ("body", "dead"),
+    [
+        ("y = Add (a, b)", []),
+        ("y = Identity (a)", ["b"]),
+        ("s = Shape (b) y = Expand (a, s)", ["b"]),
+        ("unused = Neg (b) y = Identity (a)", ["b"]),
+        ("y = If (c) <then_branch = t () => (float[n] p) {p = Neg (b)}, "
+         "else_branch = e () => (float[n] q) {q = Neg (a)}>", []),
+    ],
+)  # fmt: skip
+def test_dead_inputs_are_those_whose_values_reach_no_output(body: str, dead: list[str]) -> None:
+    model = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 18]> g (float[n] a, float[n] b, bool c) => (float[n] y) {{ {body} }}'
+    )
+    # c is there for the If; elsewhere nothing reads it.
+    assert [name for name in dead_inputs(model) if name != "c"] == dead
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("h = Cast <to = 10> (x) r = Range (h, h, h) y = Cast <to = 1> (r)", "Range in half precision"),
+        ("r = Range (x, x, x) y = Identity (r)", ""),
+        ("y = Squeeze (x)", "Squeeze without axes"),
+        ("o = Constant <value_ints = [0]> () y = Squeeze (x, o)", ""),
+        ("s = Shape (x) z = Squeeze (s) y = Cast <to = 1> (z)", ""),
+        ("q = SplitToSequence (x) i = Constant <value_int = 0> () y = SequenceAt (q, i)", "SequenceAt"),
+    ],
+)
+def test_operators_that_tensorrt_refuses_are_named(tmp_path: Path, body: str, says: str) -> None:
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> g (float x) => (float y) {{ {body} }}')
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    found = [problem for problem in problems(tmp_path / "model.onnx") if "refuse" in problem]
+    assert bool(found) == bool(says) and says in " ".join(found)
+
+
+def test_weights_of_another_place_or_name_are_problems(checkpoint: Checkpoint) -> None:
+    name = "transformer.layers.1.mlp.dense_4h_to_h.weight"
+    with editing(path_of(checkpoint)) as model:
+        shift_weight(name, 2)(model)
+    (sentence,) = problems(path_of(checkpoint), checkpoint)
+    assert sentence.startswith("weights that are not the checkpoint's: 1, the first: ") and name in sentence
+    with editing(path_of(checkpoint, "fp32")) as model:
+        next(tensor for tensor in model.graph.initializer if tensor.name == "lm_head.weight").name = "folded"
+    (sentence,) = problems(path_of(checkpoint, "fp32"), checkpoint)
+    assert "lm_head.weight is not an initializer" in sentence
+    # What is stored in a shard is a parameter under any name.
+    assert summarize(path_of(checkpoint, "fp32")).parameters == summarize(path_of(checkpoint)).parameters
+    smaller = replace(checkpoint, config={**checkpoint.config, "inner_hidden_size": 128})
+    assert "has shape (256, 64) instead of (128, 64)" in problems(path_of(checkpoint, "fp32"), smaller)[0]
