@@ -1,13 +1,12 @@
-"""The classical session over a GPU that is none: addresses, shapes, profiles, and that all memory comes back."""
+"""The TensorRT session on a fake GPU: addresses, shapes, profiles, and that all memory is freed."""
 
 from pathlib import Path
 
-import fake_gpu
 import pytest
 import torch
+from support import fake_gpu
 from support.exporting import exported_copy
 
-from glmtrt_helpers.chat import backends
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.builder import build_engine
@@ -16,13 +15,14 @@ from glmtrt_helpers.engines.session import TensorRTSession
 from glmtrt_helpers.graphs import verification
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.sessions.decode_loop import generate
+from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
-ANYTHING = [Profile("anything", Range(1, 2, 4), Range(1, 8, 64), Range(0, 64, 700))]
+ANY_SHAPE = [Profile("any shape", Range(1, 2, 4), Range(1, 8, 64), Range(0, 64, 700))]
 
 
 def test_every_case_through_raw_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = exported_copy(tmp_path)
-    build_engine(checkpoint, "fp16", ANYTHING)
+    build_engine(checkpoint, "fp16", ANY_SHAPE)
     gpu = fake_gpu.install(monkeypatch)
     session = TensorRTSession.open(checkpoint)
     result = verification.verify(checkpoint, "fp16", session=session)
@@ -30,18 +30,18 @@ def test_every_case_through_raw_addresses(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(WorkbookError, match="batch 5, sequence 1, past 0 lies outside every profile"):
         session.run(example_inputs(checkpoint, 5, 1, 0, torch.float16))
     session.close()
-    assert not gpu.blocks, "all memory was given back"
+    assert not gpu.blocks, "all memory is freed"
 
 
-def test_a_padded_chat_that_changes_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_padded_chat_that_switches_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = exported_copy(tmp_path)
     build_engine(checkpoint, "fp16", chat_profiles(checkpoint, Range(1, 2, 4)))
     fake_gpu.install(monkeypatch)
     tokenizer = load_tokenizer(checkpoint)
     prompts = [tokenizer.encode("the good dog"), tokenizer.encode("a")]
-    session, wanted = TensorRTSession.open(checkpoint), backends.open_session(checkpoint, "ort")
+    session, reference = TensorRTSession.open(checkpoint), OrtSession(checkpoint.directory / "model.fp16.onnx")
     for _ in range(2):
-        got = list(generate(session, checkpoint, prompts, max_length=40))
-        assert got == list(generate(wanted, checkpoint, prompts, max_length=40))
+        actual = list(generate(session, checkpoint, prompts, max_length=40))
+        assert actual == list(generate(reference, checkpoint, prompts, max_length=40))
     assert session.profile == "decode" and session.past == 39
     session.close()
