@@ -244,7 +244,6 @@ def build(
     from glmtrt_helpers.engines import plan_info
     from glmtrt_helpers.engines.builder import BuildOptions, build_engine
     from glmtrt_helpers.engines.profiles import Range, chat_profiles
-    from glmtrt_helpers.fast.decoder import build_fast
 
     checkpoint = open_checkpoint(directory)
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
@@ -255,6 +254,8 @@ def build(
     boxes = chat_profiles(checkpoint, *ranges)
     with phase_bars() as progress:
         if fast:
+            from glmtrt_helpers.fast.decoder import build_fast  # PyTorch
+
             built = build_fast(checkpoint, dtype, boxes, options=options, package=package, progress=progress)
         else:
             built = [build_engine(checkpoint, dtype, boxes, options=options, package=package, progress=progress)]

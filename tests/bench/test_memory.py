@@ -7,8 +7,7 @@ import pytest
 from glmtrt_helpers.bench import memory
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.engines import builder, plan_info
-from glmtrt_helpers.engines.builder import check_room
+from glmtrt_helpers.engines import plan_info
 from glmtrt_helpers.engines.memory_prediction import predict_build
 from glmtrt_helpers.patches import patching
 from glmtrt_helpers.standin import random_weights
@@ -45,17 +44,3 @@ def test_memory_of_export_and_build_follows_from_the_weights(middle: Path) -> No
 def test_a_failing_phase_is_named(tiny_random: Path) -> None:
     with pytest.raises(WorkbookError, match=r"phase 'export' failed: glmtrt: .* still contains the export blocker"):
         memory.measure_memory(tiny_random, ("export",))
-
-
-def test_a_build_without_room_is_refused(middle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_checkpoint(middle)
-    monkeypatch.setattr(builder, "free_memory", lambda: 100 * MB)
-    with pytest.raises(WorkbookError, match=r"needs 1\.\d GB of memory, and 0\.1 are free.*`--dtype fp16` needs"):
-        check_room(checkpoint, "fp32", middle / "model.fp32.plan")
-    with pytest.raises(WorkbookError, match="add swap"):
-        check_room(checkpoint, "fp16", middle / "model.fp16.plan")
-    monkeypatch.undo()
-    check_room(checkpoint, "fp16", middle / "model.fp16.plan")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10 * MB})())
-    with pytest.raises(WorkbookError, match=r"will take 0\.\d GB, and its disk has 0\.0 free"):
-        check_room(checkpoint, "fp16", middle / "model.fp16.plan")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import fake_gpu
 import numpy as np
 import pytest
+from support import fake_gpu
 from support.exporting import exported_copy
 
 from glmtrt_helpers.bench import runners

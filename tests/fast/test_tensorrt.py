@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-import fake_gpu
 import numpy as np
 import pytest
+from support import fake_gpu
 from support.checkpoints import make_random
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
