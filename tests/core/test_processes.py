@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from glmtrt_helpers.bench.plots import plot_usage
 from glmtrt_helpers.core import processes
 
 MB = 10**6
@@ -34,8 +33,6 @@ def test_known_sizes_are_seen(tmp_path: Path) -> None:
     begin = dict((phase, seconds) for seconds, phase in taken.phases)
     before = [s.anonymous for s in taken.samples if s.seconds < begin["anonymous"]]
     assert all(anonymous < 60 * MB for anonymous in before)
-    figure = plot_usage({"it": taken}, 200 * MB, "title")
-    assert f"{taken.peak_anonymous / 1e9:.2f} GB" in figure.axes[0].get_title(loc="left")
 
 
 def test_a_command_that_fails_says_so() -> None:
