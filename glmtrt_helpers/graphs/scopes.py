@@ -5,9 +5,11 @@ optimiser added since has neither, and belongs where its neighbours belong.
 """
 
 import ast
+import math
 from collections.abc import Iterator
 
 import onnx
+from onnx import numpy_helper
 
 CONSTANT, SHAPE, DATA = "constant", "shape", "data"
 _DYNAMO_KEY = "pkg.torch.onnx.name_scopes"
@@ -63,6 +65,27 @@ class GraphIndex:
                 behind = (noted[j] for name in self.nodes[i].output for j in self.readers.get(name, ()))
                 noted[i] = next((scope for scope in behind if scope is not None), None)
         return [scope or "" for scope in noted]
+
+    def data_inputs(self, i: int) -> list[str]:
+        """The tensors of kind DATA that a node reads, in order."""
+        return [name for name in self.nodes[i].input if self.kinds.get(name) == DATA]
+
+    def stored(self, name: str) -> list[onnx.TensorProto]:
+        """The tensors in the file that a constant is made from; none for what is not a constant."""
+        if self.kinds.get(name) != CONSTANT:
+            return []
+        if name in self.initializers:
+            return [self.initializers[name]]
+        node = self.nodes[self.producer[name]]
+        values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+        return values + [tensor for other in node.input for tensor in self.stored(other)]
+
+    def scalar(self, name: str) -> float | None:
+        """The number that a constant of one element holds; None for any other tensor."""
+        tensors = self.stored(name)
+        if len(tensors) != 1 or tensors[0].external_data or math.prod(tensors[0].dims) != 1:
+            return None
+        return float(numpy_helper.to_array(tensors[0]).reshape(-1)[0])
 
     def inside(self, path: str) -> set[int]:
         """Indexes of the nodes of the module at `path` and of the modules in it."""

@@ -1,100 +1,142 @@
-"""The picture of an attention layer: it shows the attention, every arrow is the graph's, and it stays readable."""
+"""The diagram of an attention layer: it shows the attention, every edge is the graph's, and it stays readable."""
 
+import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from onnx import numpy_helper, parser
 from support.exporting import exported_copy
-from test_layered import overlapping, rectangles
 
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
-from glmtrt_helpers.export import exporting
-from glmtrt_helpers.graphs.attention_diagram import _Picture, _shared, draw_layer
-from glmtrt_helpers.graphs.scopes import DATA, GraphIndex
+from glmtrt_helpers.export.exporting import export_model
+from glmtrt_helpers.graphs import attention_diagram
+from glmtrt_helpers.graphs.attention_diagram import Box, Diagram, draw_layer
+
+SVG = "{http://www.w3.org/2000/svg}"
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
-def picture_of(path: Path, layer: int) -> _Picture:
-    index = GraphIndex(load_graph(path))
-    scope = f"transformer.layers.{layer}.attention"
-    members = {i for i in index.inside(scope) if index.kinds[index.nodes[i].output[0]] == DATA}
-    return _Picture(index, members | _shared(index, members), scope)
+def diagram_of(path: Path, layer: int) -> Diagram:
+    return attention_diagram.attention_diagram(load_graph(path), layer)
 
 
-def titles(picture: _Picture) -> list[str]:
-    return [box.lines[0] for box in picture.boxes.values()]
+def titles(diagram: Diagram) -> list[str]:
+    return [box.lines[0] for box in diagram.boxes.values()]
+
+
+def rectangles(svg: str) -> list[tuple[float, float, float, float]]:
+    """(left, top, right, bottom) of the boxes, which have a rounding of 5."""
+    found = [element for element in ElementTree.fromstring(svg).iter(SVG + "rect") if element.get("rx") == "5"]
+    sizes = [[float(element.get(name) or 0) for name in ("x", "y", "width", "height")] for element in found]
+    return [(x, y, x + w, y + h) for x, y, w, h in sizes]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_attention_can_be_seen(tmp_path: Path, dtype: str, layer: int) -> None:
     path = exported_copy(tmp_path).directory / f"model.{dtype}.onnx"
-    picture = picture_of(path, layer)
-    shown = titles(picture)
+    diagram = diagram_of(path, layer)
+    shown = titles(diagram)
     # q and k, each with a half for the position and one for the block position.
     assert shown.count("Rotary") == 4 and shown.count("Concat with past") == 2 and shown.count("Softmax") == 1
     assert shown.count("MatMul") == 4 and "Where hidden: -10000" in shown
     # sqrt(16) times the layer's number; layer 0 has nothing to multiply back.
-    assert f"Div ÷ {4 * (layer + 1)}" in shown and ("Mul × 2" in shown) == (layer == 1)
-    edge = {"position_ids", "attention_mask", f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"}
-    edge |= {f"present.{layer}.key", f"present.{layer}.value", "hidden states", "to the residual"}
-    assert edge <= set(shown) and {"query_key_value", "dense"} <= set(shown)
-    assert {"cos table", "sin table"} <= set(shown) and len([name for name in shown if "table" in name]) == 2
+    folded = ", ".join(line for box in diagram.boxes.values() for line in box.lines)
+    assert f"Div ÷ {4 * (layer + 1)}," in folded and ("Mul × 2" in folded) == (layer == 1)
+    expected = {"position_ids", "attention_mask", f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"}
+    expected |= {f"present.{layer}.key", f"present.{layer}.value", "hidden states", "to the residual"}
+    assert expected | {"query_key_value", "dense", "cos table", "sin table"} <= set(shown)
+    assert len([name for name in shown if "table" in name]) == 2
     assert shown.count("to the residual") == 1  # what is prepared for the other layers, too, does not leave
-    assert not {"Shape", "Slice", "Neg", "Unsqueeze", "Transpose", "Add"} & set(shown) and len(shown) <= 60
+    assert not {"Shape", "Slice", "Neg", "Unsqueeze", "Transpose", "Add"} & set(shown) and len(shown) == 37
 
 
-def test_arrows_are_the_ways_of_the_data(tmp_path: Path) -> None:
-    """From the keys' Concat the arrows lead over the scores to the Softmax; the values join behind it."""
-    picture = picture_of(exported_copy(tmp_path).directory / "model.fp16.onnx", 1)
-    below: dict[str, set[str]] = {}
-    for start, end in picture.edges:
-        below.setdefault(start, set()).add(end)
+def test_edges_are_the_data_flow(tmp_path: Path) -> None:
+    """From the keys' Concat the edges lead over the scores to the Softmax; the values join after it."""
+    diagram = diagram_of(exported_copy(tmp_path).directory / "model.fp16.onnx", 1)
 
-    def reach(key: str) -> set[str]:
-        found: set[str] = set()
-        pending = [key]
-        while pending:
-            for other in below.get(pending.pop(), ()):
-                if other not in found:
-                    found.add(other)
-                    pending.append(other)
-        return found
+    def reached(key: str) -> set[str]:
+        keys = {key}
+        while more := {end for start, end in diagram.edges if start in keys} - keys:
+            keys |= more
+        return {diagram.boxes[other].lines[0] for other in keys}
 
-    def names(keys: set[str]) -> set[str]:
-        return {picture.boxes[key].lines[0] for key in keys}
-
-    assert {"Softmax", "present.1.key", "to the residual"} <= names(reach("input past_key_values.1.key"))
-    from_values = names(reach("input past_key_values.1.value"))
+    assert {"Softmax", "present.1.key", "to the residual"} <= reached("input past_key_values.1.key")
+    from_values = reached("input past_key_values.1.value")
     assert {"present.1.value", "to the residual"} <= from_values and "Softmax" not in from_values
-    assert "Rotary" in names(reach("input position_ids")) and "present.1.value" not in names(
-        reach("input position_ids")
-    )
-    assert {"Softmax"} <= names(reach("input attention_mask")) and not {"present.1.key"} & names(
-        reach("input attention_mask")
-    )
-    assert set(picture.boxes) == {key for edge in picture.edges for key in edge}
+    from_positions, from_mask = reached("input position_ids"), reached("input attention_mask")
+    assert "Rotary" in from_positions and "present.1.value" not in from_positions
+    assert "Softmax" in from_mask and "present.1.key" not in from_mask
+    assert set(diagram.boxes) == {key for edge in diagram.edges for key in edge} and len(diagram.edges) == 49
+
+
+def test_all_layers_are_drawn_alike(tmp_path: Path) -> None:
+    """Box by box and edge by edge at the same place, whatever the layer's number, its factors and its nodes' names."""
+    path = exported_copy(tmp_path).directory / "model.fp16.onnx"
+    first, second = diagram_of(path, 0), diagram_of(path, 1)
+    keys = {key: f"{99 - i}" for i, key in enumerate(second.boxes)}
+    last = Diagram(0, {}, [(keys[start], keys[end]) for start, end in second.edges])
+    for key, box in second.boxes.items():
+        lines = (re.sub(r"([×÷]) [\d.]+", r"\1 316.784", line.replace(".1.", ".27.")) for line in box.lines)
+        last.boxes[keys[key]] = Box(tuple(lines), box.kind)
+    layouts = [attention_diagram._layout(diagram) for diagram in (first, second, last)]
+    places = [[(node["center"]["x"], node["center"]["y"]) for node in layout.nodes] for layout in layouts]
+    assert np.allclose(places[0], places[1], atol=1) and np.allclose(places[1], places[2], atol=1)
+    kinds = [[box.kind for box in diagram.boxes.values()] for diagram in (first, second)]
+    assert kinds[0] == kinds[1] and draw_layer(path, 1) == draw_layer(path, 1)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_svg_is_tidy_and_always_the_same(tmp_path: Path, layer: int) -> None:
+def test_the_svg_is_whole_and_tidy(tmp_path: Path, layer: int) -> None:
+    path = exported_copy(tmp_path).directory / "model.fp16.onnx"
+    diagram, svg = diagram_of(path, layer), draw_layer(path, layer)
+    root, boxes = ElementTree.fromstring(svg), rectangles(svg)
+    assert len(boxes) == len(diagram.boxes)
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+    _, _, width, height = map(float, (root.get("viewBox") or "").split())
+    assert all(left > 0 and right < width and top > 60 and bottom < height for left, top, right, bottom in boxes)
+    assert width <= 1200 and "max-width: 100%" in (root.get("style") or "") and len(svg) < 40_000
+    # Every edge goes down, from the lower border of one box to the upper border of another.
+    place = dict(zip(diagram.boxes, boxes, strict=True))
+    lines = list(root.iter(SVG + "polyline"))
+    for (start, end), line in zip(diagram.edges, lines, strict=True):
+        points = [tuple(map(float, point.split(","))) for point in (line.get("points") or "").split()]
+        for (x, y), (left, _, right, _), border in (
+            (points[0], place[start], place[start][3]), (points[-1], place[end], place[end][1])
+        ):  # fmt: skip
+            assert left - 0.2 <= x <= right + 0.2 and abs(y - border) < 0.3
+        heights = [y for _, y in points]
+        assert heights == sorted(heights)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_text_stays_inside_its_box(tmp_path: Path, layer: int) -> None:
+    """Measured in DejaVu Sans, the first font that the SVG asks for; and no two lines of a box touch."""
     path = exported_copy(tmp_path).directory / "model.fp16.onnx"
     svg = draw_layer(path, layer)
-    assert svg == draw_layer(path, layer)
-    picture = picture_of(path, layer)
-    assert len(rectangles(svg)) == len(picture.boxes) and not overlapping(svg)
-    texts = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert all(line in texts for box in picture.boxes.values() for line in box.lines)
-    assert "(total, batch, 4, 16)" in texts and f"layer {layer}, attention" in (texts[0] or "")
-    assert len(svg) < 40_000
+    texts = [element for element in ElementTree.fromstring(svg).iter(SVG + "text") if element.get("text-anchor")]
+    boxes = [(box, place) for box, place in zip(diagram_of(path, layer).boxes.values(), rectangles(svg), strict=True)]
+    expected = [(line, place, i) for box, place in boxes for i, line in enumerate(box.lines)]
+    for text, (line, (left, top, right, bottom), i) in zip(texts, expected, strict=True):
+        assert text.text == line
+        font = FontProperties(fname=FONTS / ("DejaVuSans.ttf" if i else "DejaVuSans-Bold.ttf"))
+        half = TextPath((0, 0), line.replace("_", "x"), size=10 if i else 11.5, prop=font).get_extents().width / 2
+        x, y = float(text.get("x") or 0), float(text.get("y") or 0)
+        assert left + 2 <= x - half and x + half <= right - 2
+        assert top + 11.5 + 15 * i <= y <= min(top + 16.5 + 15 * i, bottom - 4)
 
 
 def test_a_torchscript_export_is_folded_alike(tmp_path: Path) -> None:
-    checkpoint = exported_copy(tmp_path)
-    path = exporting.export_model(checkpoint, "fp16", exporter="torchscript").path
-    shown = titles(picture_of(path, 1))
+    path = export_model(exported_copy(tmp_path), "fp16", exporter="torchscript").path
+    shown = titles(diagram_of(path, 1))
     assert shown.count("Rotary") == 4 and shown.count("Concat with past") == 2 and len(shown) <= 60
 
 
@@ -106,7 +148,8 @@ small (float[n, 4] x) => (float[n, 4] y)
     flat = Reshape (h, minus)
     probabilities = Softmax (h)
     back = Reshape (probabilities, whole)
-    joined = MatMul (back, w)
+    scaled = Mul (back, half)
+    joined = MatMul (scaled, w)
     biased = Add (joined, b)
     y = Mul (biased, flat)
 }
@@ -114,19 +157,17 @@ small (float[n, 4] x) => (float[n, 4] y)
 
 
 def test_only_what_has_one_reader_is_folded() -> None:
-    """h is read twice, so its Reshape is a box of its own; the bias and the second Reshape join what is before them."""
+    """h is read twice, so its Reshape is a box of its own; bias, factor and second Reshape join the box before."""
     model = parser.parse_model(SHARED)
     constants = {"w": np.zeros((4, 4), np.float32), "b": np.zeros(4, np.float32), "minus": np.array([-1]),
-                 "whole": np.array([-1, 4])}  # fmt: skip
+                 "whole": np.array([-1, 4]), "half": np.array(0.5, np.float32)}  # fmt: skip
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
     for node in model.graph.node:
         node.name = f"/transformer/layers.0/attention/{node.op_type}"
-    index = GraphIndex(model)
-    picture = _Picture(index, set(range(7)), "transformer.layers.0.attention")
-    inside = [(box.lines[0], box.lines[1]) for key, box in picture.boxes.items() if key.startswith("node")]
-    assert inside == [
-        ("MatMul", "h"), ("Reshape", "flat"), ("Softmax", "Reshape"), ("MatMul", "Add"), ("Mul", "y")
-    ]  # fmt: skip
+    boxes = attention_diagram.attention_diagram(model, 0).boxes
+    inside = {(box.lines[0], box.lines[1]) for key, box in boxes.items() if key.startswith("node")}
+    assert inside == {("MatMul", "h"), ("Reshape", "flat"), ("Softmax", "Reshape, Mul × 0.5"), ("MatMul", "Add"),
+                      ("Mul", "y")}  # fmt: skip
 
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
