@@ -280,7 +280,6 @@ def build(
     from glmtrt_helpers.engines import plan_info
     from glmtrt_helpers.engines.builder import BuildOptions, build_engine
     from glmtrt_helpers.engines.profiles import Range, chat_profiles
-    from glmtrt_helpers.fast.decoder import build_fast
 
     checkpoint = open_checkpoint(directory)
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
@@ -291,6 +290,8 @@ def build(
     profiles = chat_profiles(checkpoint, *ranges)
     with phase_bars() as progress:
         if fast:
+            from glmtrt_helpers.fast.decoder import build_fast  # loads PyTorch
+
             built = build_fast(checkpoint, dtype, profiles, options=options, package=package, progress=progress)
         else:
             built = [build_engine(checkpoint, dtype, profiles, options=options, package=package, progress=progress)]

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-
 import numpy as np
 import pytest
 from support import fake_gpu

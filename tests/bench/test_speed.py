@@ -9,7 +9,6 @@ from support.exporting import exported_copy
 from glmtrt_helpers.bench import results, speed
 from glmtrt_helpers.bench.roofline import floor_ms
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-from glmtrt_helpers.cli.commands import app
 from glmtrt_helpers.core.errors import WorkbookError
 
 
@@ -50,13 +49,3 @@ def test_a_run_on_this_machine(tmp_path: Path) -> None:
 def test_an_unknown_engine_is_refused(_random_master: Path) -> None:
     with pytest.raises(WorkbookError, match="there is no engine 'abacus' to measure here: choose torch-eager"):
         speed.measure(open_checkpoint(_random_master), only=["abacus"])
-
-
-def test_bench_takes_a_folder_as_its_first_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = exported_copy(tmp_path)
-    where = tmp_path / "out.json"
-    args = [str(checkpoint.directory), "--engine", "ort-cpu", "--past", "8", "--samples", "2", "--output", str(where)]
-    app(["bench", *args], standalone_mode=False)
-    assert "ort-cpu" in capsys.readouterr().out
-    rows = json.loads(where.read_text())["rows"]
-    assert [(row["phase"], row["past"], len(row["samples_ms"])) for row in rows] == [("decode", 8, 2)]
