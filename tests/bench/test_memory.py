@@ -24,6 +24,7 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_memory_of_export_and_build_follows_the_weights(middle: Path) -> None:
     weights = open_checkpoint(middle).weight_bytes
     assert 250 * MB < weights < 350 * MB
