@@ -1,4 +1,4 @@
-"""`glmtrt bench memory` and the limits that it is there to show: export and build against the size of the weights."""
+"""`glmtrt bench memory`: what export and build take, compared with the size of the weights."""
 
 from pathlib import Path
 
@@ -23,7 +23,8 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_memory_of_export_and_build_follows_from_the_weights(middle: Path) -> None:
+@pytest.mark.slow
+def test_memory_of_export_and_build_follows_the_weights(middle: Path) -> None:
     weights = open_checkpoint(middle).weight_bytes
     assert 250 * MB < weights < 350 * MB
     export, build = memory.measure_memory(middle, ("export", "build"))
@@ -38,7 +39,7 @@ def test_memory_of_export_and_build_follows_from_the_weights(middle: Path) -> No
         "hashed in pieces, opened as a whole"
     )
     (again,) = memory.measure_memory(middle, ("build",))
-    assert again.added == pytest.approx(build.added, rel=0.01), "from the export that is there, anew"
+    assert again.added == pytest.approx(build.added, rel=0.01), "built again from the same export"
 
 
 def test_a_failing_phase_is_named(tiny_random: Path) -> None:

@@ -1,12 +1,11 @@
 """Notebooks 01 and 06 in JupyterLab in a real browser: sliders redraw; the chat streams, stops, and draws Chinese.
 
-Where Chromium or Playwright is missing this is skipped, but not under CI=true: there it fails.
+Skipped where Chromium or Playwright is missing, except under CI=true: there they fail.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,11 @@ from support.browser import (
     wait_until,
 )
 from support.checkpoints import ROOT
+from support.working_copy import prepare_working_copy
 
 from glmtrt_helpers.workbook import run_notebooks, setup
 
+pytestmark = pytest.mark.browser
 CHAT, SLIDERS = "06_chat_inference", "01_debug_forward_inputs"
 CHINESE, ENGLISH = "为什么要用 flatten？", "What is a profile?"
 # Long enough that a reader has time to press stop.
@@ -50,7 +51,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         pytest.fail(absent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
-        make_what_they_need(tmp_path_factory.mktemp("executed"))
+        prepare_working_copy(CHAT)
         notebooks = [path for path in run_notebooks.notebooks() if path.stem in (CHAT, SLIDERS)]
         with jupyterlab(notebooks, tmp_path_factory.mktemp("lab")) as lab, chromium() as browser:
 
@@ -61,15 +62,6 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
                 return page
 
             yield run
-
-
-def make_what_they_need(output: Path) -> None:
-    """On a fresh checkout the notebooks before the chat have to run first: they patch, export and build."""
-    copy = ROOT / "models" / "run" / Path(setup.DEFAULT_MODEL).name
-    if not all(any(copy.glob(pattern)) for pattern in ("*.onnx", "*.plan")):
-        for path in run_notebooks.notebooks():
-            if path.stem < CHAT:
-                run_notebooks.execute(path, output / path.name)
 
 
 @pytest.fixture(scope="module")

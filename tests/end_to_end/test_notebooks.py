@@ -1,4 +1,7 @@
-"""Every notebook: its shape, its committed outputs, and a run from a clean kernel that must give the same outputs."""
+"""Every notebook: its shape, its committed outputs, and a run in a clean kernel that must print the same.
+
+`-k 03_export_onnx` selects the tests of one notebook, `-m "not notebook"` leaves out those that execute one.
+"""
 
 import re
 from collections.abc import Collection
@@ -8,11 +11,8 @@ from typing import Any
 import nbformat
 import pytest
 from support.checkpoints import ROOT
+from support.working_copy import prepare_working_copy
 
-from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
-from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-from glmtrt_helpers.core import tensorrt_package
-from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.workbook import run_notebooks, setup
 
 NOTEBOOKS = run_notebooks.notebooks()
@@ -38,7 +38,7 @@ def tags(cell: Any) -> list[str]:
 
 
 def text_outputs(cell: Any) -> str:
-    """What a cell printed or returned as text; pictures and widgets are left out, as is standard error."""
+    """What a cell printed or returned as text, without pictures, widgets and standard error."""
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream" and output.name == "stdout":
@@ -119,16 +119,24 @@ def test_committed_outputs_are_whole_and_name_no_machine(path: Path) -> None:
     cells = code_cells(read(path))
     assert all(cell.execution_count for cell in cells), "commit the notebook with its outputs"
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
-    said = "\n".join(text_outputs(cell) for cell in cells)
-    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|Users|opt)/", said)
+    text = "\n".join(text_outputs(cell) for cell in cells)
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|Users|opt)/", text)
     for link in re.findall(r"\]\((\d\d_[\w]+\.ipynb)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / link).exists() or link[:2] > NAMES[-1][:2], link
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_runs_and_says_what_was_committed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, on the shipped checkpoint's working copy; the executed copies land where `make workbook` puts them."""
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A notebook, after making the working copy that it reads, as the notebooks before it leave it."""
     monkeypatch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
+    prepare_working_copy(request.param.stem)
+    return Path(request.param)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES, indirect=True)
+def test_prints_what_was_committed(path: Path) -> None:
+    """The executed copy lands where `make workbook` puts it."""
     output = ROOT / "build" / "notebooks" / path.name
     run_notebooks.execute(path, output)
     for committed, fresh in zip(code_cells(read(path)), code_cells(read(output)), strict=True):
@@ -141,50 +149,19 @@ def test_runs_and_says_what_was_committed(path: Path, monkeypatch: pytest.Monkey
         )
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "generates" in p.read_text("utf-8")], ids=lambda p: p.stem)
-def test_where_text_takes_too_long_it_shows_saved_results_marked(
-    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """And no other cell needs one that was left out."""
-    monkeypatch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
-    run_notebooks.execute(path, tmp_path / path.name, talk=False)
-    left_out = 0
+GENERATING = [path for path in NOTEBOOKS if f'"{run_notebooks.GENERATES}"' in path.read_text("utf-8")]
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("path", GENERATING, ids=[path.stem for path in GENERATING], indirect=True)
+def test_where_generating_is_too_slow_saved_results_are_shown_and_marked(path: Path, tmp_path: Path) -> None:
+    """And no other cell needs one that was skipped."""
+    run_notebooks.execute(path, tmp_path / path.name, generate=False)
+    skipped = 0
     for committed, fresh in zip(code_cells(read(path)), code_cells(read(tmp_path / path.name)), strict=True):
-        if "generates" in tags(committed):
-            left_out += 1
+        if run_notebooks.GENERATES in tags(committed):
+            skipped += 1
             assert fresh.outputs[0].text == run_notebooks.SAVED and fresh.outputs[1:] == committed.outputs
         else:
             assert run_notebooks.SAVED not in text_outputs(fresh)
-    assert left_out
-
-
-def test_text_takes_too_long_on_a_large_checkpoint_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_checkpoint(ROOT / setup.DEFAULT_MODEL)
-    monkeypatch.setattr(tensorrt_package, "gpus", list)
-    assert not run_notebooks.too_slow_to_talk(checkpoint)
-    monkeypatch.setattr(checkpoint_module, "LARGE_BYTES", 1000)
-    assert run_notebooks.too_slow_to_talk(checkpoint)
-    monkeypatch.setattr(tensorrt_package, "gpus", lambda: [tensorrt_package.Gpu("a card", (9, 0), 10**11)])
-    assert not run_notebooks.too_slow_to_talk(checkpoint)
-
-
-def test_a_failing_cell_fails_the_run(tmp_path: Path) -> None:
-
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
-    nbformat.write(notebook, tmp_path / "09_broken.ipynb")
-    with pytest.raises(WorkbookError, match="ZeroDivisionError"):
-        run_notebooks.execute(tmp_path / "09_broken.ipynb", tmp_path / "out" / "09_broken.ipynb")
-
-
-def test_a_staged_failure_must_fail() -> None:
-    with pytest.raises(AssertionError, match="did not"), setup.expect(ValueError):
-        pass
-    with pytest.raises(ValueError, match="another"), setup.expect(ValueError, "the words"):
-        raise ValueError("another reason")
-
-
-def test_missing_working_copy_names_notebook_00(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-
-    monkeypatch.setenv(setup.MODEL_VARIABLE, str(tmp_path / "models" / "chatglm_6b"))
-    with pytest.raises(WorkbookError, match="00_start_here"):
-        setup.start()
+    assert skipped

@@ -3,7 +3,7 @@
 glmtrt standin models/chatglm_6b_random --size 6b && glmtrt copy models/chatglm_6b_random
 glmtrt bench memory models/run/chatglm_6b_random --phase patch --phase export --phase build
 glmtrt export models/run/chatglm_6b_random --fast && glmtrt build models/run/chatglm_6b_random --fast
-GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/test_real_size.py
+GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/end_to_end/test_real_size.py
 """
 
 import json
@@ -36,7 +36,11 @@ from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.decode_loop import greedy
 
 LARGE = os.environ.get("GLMTRT_LARGE", "")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not LARGE, reason="GLMTRT_LARGE names no working copy")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not LARGE, reason="GLMTRT_LARGE names no working copy"),
+]
 # What the two profiles of a chat take.
 CASES = [case for case in CASES if case.batch == 1 and (case.past == 0 or case.sequence == 1)]
 

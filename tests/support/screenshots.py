@@ -1,8 +1,8 @@
 """Pictures of the notebooks as JupyterLab shows them, with their widgets alive: `make screenshots`.
 
-    python tests/screenshots.py [output folder, build/screenshots by default] [numbers of notebooks]
+    PYTHONPATH=tests python -m support.screenshots [output folder, default build/screenshots] [numbers of notebooks]
 
-Each notebook is run in a browser and kept from top to bottom as NAME_0.png, NAME_1.png and so on.
+Each notebook is run in a browser and saved from top to bottom as NAME_0.png, NAME_1.png and so on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(output: Path, numbers: list[str]) -> int:
                 run_all_cells(page)
                 if path.stem.startswith("06"):
                     chat(page)
-            except AssertionError as error:  # its picture is of use all the more
+            except AssertionError as error:  # a picture of it helps to see why
                 failed += 1
                 print(f"{path.name}: {error}", file=sys.stderr)
             for picture in take(page, output, path.stem):
