@@ -128,7 +128,7 @@ def test_exact_fp32_matmuls_are_within_a_tenth_of_the_tolerance(trained: Checkpo
     ]
     done = subprocess.run([*chat, "--dtype", "fp32", "--prompt", "你好", "--greedy"], capture_output=True, text=True)
     assert done.stdout == next(e.answer for e in train.load_corpus() if e.question == "你好") + "\n", done.stderr
-    with pytest.raises(WorkbookError, match="in another process"):
+    with pytest.raises(WorkbookError, match="use another process"):
         TensorRTSession.open(trained, "fp32", trained.directory / "exact.plan")
 
 
