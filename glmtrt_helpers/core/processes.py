@@ -115,9 +115,9 @@ def disk_bytes(folder: Path) -> int:
 def huge_page_environment() -> dict[str, str]:
     """This process's environment with large pages asked for, for a child process; an explicit choice is kept."""
     tunables = os.environ.get(MALLOC_VARIABLE, "")
-    if HUGE_PAGES in tunables:
-        return dict(os.environ)
-    return {**os.environ, MALLOC_VARIABLE: ":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"]))}
+    if HUGE_PAGES not in tunables:
+        tunables = ":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"]))
+    return {**os.environ, MALLOC_VARIABLE: tunables}
 
 
 def restart_with_huge_pages() -> None:

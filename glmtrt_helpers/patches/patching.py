@@ -65,17 +65,6 @@ PATCHES: tuple[Patch, ...] = (
 HARMLESS_IF_ABSENT = frozenset({"integer_layer_id"})
 
 
-@dataclass(frozen=True)
-class PatchReport:
-    """What `patch_checkpoint` did. blockers: before patching. diff: unified, empty if there was nothing to patch."""
-
-    path: Path
-    blockers: dict[str, Blocker]
-    applied: tuple[str, ...]
-    max_length: int
-    diff: str
-
-
 def find_blockers(source: str) -> dict[str, Blocker]:
     """State and sites of every blocker, by its patch's name. Raises WorkbookError for what `patch_source` refuses."""
     return {patch.name: inspect_blocker(parse(source), patch.name, Edits(), 0) for patch in PATCHES}
@@ -120,9 +109,10 @@ def diff_sources(before: str, after: str) -> str:
     return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
-def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None) -> PatchReport:
-    """Patch `modeling_chatglm.py` in a checkpoint's directory; the unpatched source is kept as `.orig` beside it.
+def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None) -> list[str]:
+    """Patch `modeling_chatglm.py` in a checkpoint's directory and return the names of the patches that it needed.
 
+    The unpatched source is kept as `.orig` beside it.
     Either the whole file is replaced or nothing changes. Raises WorkbookError as `patch_source` does, with the file's
     name, and where the `.orig` beside it belongs to another source.
     """
@@ -138,8 +128,7 @@ def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None)
         if not backup.exists():
             _write(backup, source, like=path)
         _write(path, patched, like=path)
-    applied = tuple(name for name in _selected(only) if blockers[name].state == UNPATCHED)
-    return PatchReport(path, blockers, applied, max_length, diff_sources(source, patched))
+    return [name for name in _selected(only) if blockers[name].state == UNPATCHED]
 
 
 def check_checkpoint(directory: str | Path) -> dict[str, Blocker]:
