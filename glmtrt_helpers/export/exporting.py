@@ -97,7 +97,7 @@ def export_model(
         _check_patched(checkpoint)
     checkpoint = with_linkable_shards(checkpoint, progress)
     progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
-    announce(checkpoint.code)  # here, for what is printed while tracing is swallowed
+    announce(checkpoint.code)  # before quiet(), which would swallow it
     model = _trace(checkpoint, dtype, exporter, opset, example)
     progress("simplifying the graph")
     with quiet():
