@@ -26,16 +26,13 @@ class Comparison:
     pieces: Mapping[str, str]
 
 
-def compare(
-    checkpoint: Checkpoint, sessions: Mapping[str, Session], questions: Sequence[str], max_length: int | None = None
-) -> list[Comparison]:
-    """Ask every session every question. max_length: tokens of an answer, as many as the model allows by default."""
+def compare(checkpoint: Checkpoint, sessions: Mapping[str, Session], questions: Sequence[str]) -> list[Comparison]:
+    """Ask every session every question; each answer is greedy, and the first of a conversation."""
     tokenizer = load_tokenizer(checkpoint)
     comparisons = []
     for question in questions:
         prompt = chat_prompt(tokenizer, question)
-        limit = max_length and len(prompt) + max_length
-        ids = {name: greedy(session, checkpoint, prompt, max_length=limit) for name, session in sessions.items()}
+        ids = {name: greedy(session, checkpoint, prompt) for name, session in sessions.items()}
         longest = max(map(len, ids.values()))
         first = next((i for i in range(longest) if len({tuple(a[i : i + 1]) for a in ids.values()}) > 1), None)
         answers = {name: post_process(tokenizer.decode(a)) for name, a in ids.items()}

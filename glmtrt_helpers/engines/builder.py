@@ -242,7 +242,7 @@ def _check_built(done: bool, monitor: Any, writer: Any, log: Any, plan: Path) ->
     if writer.error is not None:
         raise WorkbookError(
             f"{plan} could not be written ({writer.error.strerror or writer.error}) after {writer.written:,} bytes: "
-            f"make room in {plan.parent} and build again."
+            f"free room in {plan.parent} and build again."
         ) from writer.error
     if not done:
         raise WorkbookError(f"TensorRT could not build {plan.name} ({log.first_error()}).")

@@ -130,12 +130,10 @@ def destroy_stream(stream: Any) -> None:
     check(cudart.cudaStreamDestroy(stream), "destroy a stream")
 
 
-def copy_rows(
-    target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, stream: Any, kind: Any = WITHIN
-) -> None:
-    """Copy `height` rows of `width` bytes, from rows `pitch` bytes apart to rows `target_pitch` bytes apart."""
+def copy_rows(target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, stream: Any) -> None:
+    """Copy `height` rows of `width` bytes on the device; pitch, target_pitch: bytes from one row to the next."""
     check(
-        cudart.cudaMemcpy2DAsync(target, target_pitch, source, pitch, width, height, kind, stream),
+        cudart.cudaMemcpy2DAsync(target, target_pitch, source, pitch, width, height, WITHIN, stream),
         "copy rows into the cache",
     )
 

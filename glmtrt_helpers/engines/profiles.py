@@ -117,8 +117,8 @@ def chat_profiles(
     ]
 
 
-def fit_to_record(checkpoint: Checkpoint, calls: Sequence[Call], room: float = 2.0) -> list[Profile]:
-    """Profiles fitted to recorded calls: opt is the median of the recorded sizes, max is `room` times the largest."""
+def fit_to_record(checkpoint: Checkpoint, calls: Sequence[Call]) -> list[Profile]:
+    """Profiles fitted to recorded calls: opt is the median of the recorded sizes, max is twice the largest."""
     prompts = sorted(call.sequence for call in calls if call.past == 0)
     pasts = sorted(call.past for call in calls if call.past > 0)
     if not prompts or not pasts:
@@ -126,7 +126,7 @@ def fit_to_record(checkpoint: Checkpoint, calls: Sequence[Call], room: float = 2
     last = checkpoint.max_length - 1
 
     def fitted(sizes: Sequence[int]) -> Range:
-        return Range(1, sizes[len(sizes) // 2], min(int(room * sizes[-1]), last))
+        return Range(1, sizes[len(sizes) // 2], min(2 * sizes[-1], last))
 
     return chat_profiles(checkpoint, prompt=fitted(prompts), past=fitted(pasts))
 

@@ -26,11 +26,3 @@ def test_backends_are_compared_token_by_token() -> None:
     (row,) = compare(checkpoint, {"torch": session, "ort": Scripted(checkpoint, [*right, tokenizer.eop_id])}, ["你好"])
     assert row.first_difference is None and len(set(row.answers.values())) == 1
     assert comparison_rows([row]) == [("你好", row.answers["torch"], "the same", "none")]
-
-
-def test_an_answer_is_cut_off_at_max_length() -> None:
-    checkpoint = open_checkpoint(TINY)
-    sessions = {name: Scripted(checkpoint, [30] * 9) for name in "ab"}
-    (row,) = compare(checkpoint, sessions, ["你好"], max_length=5)
-    tokenizer = load_tokenizer(checkpoint)
-    assert row.answers == dict.fromkeys("ab", tokenizer.decode([30] * 5).strip()) and row.first_difference is None

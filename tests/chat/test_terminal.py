@@ -36,10 +36,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str | Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*GLMTRT, *map(str, arguments)],
-        input=typed, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+    command, settings = [*GLMTRT, *map(str, arguments)], {**os.environ, **environment}
+    return subprocess.run(command, input=typed, capture_output=True, encoding="utf-8", check=False, env=settings)
 
 
 def test_the_answer_alone_on_standard_output(exported: Path) -> None:

@@ -82,7 +82,7 @@ def test_maxima_beyond_the_model_are_refused(checkpoint: Checkpoint) -> None:
 
 def test_profiles_fitted_to_a_record(checkpoint: Checkpoint) -> None:
     calls = recorded(checkpoint)
-    prefill, decode = fit_to_record(checkpoint, calls, room=2)
+    prefill, decode = fit_to_record(checkpoint, calls)
     pasts = sorted(call.past for call in calls if call.past)
     assert prefill.sequence == Range(1, calls[0].sequence, 2 * calls[0].sequence)
     assert decode.past == Range(1, pasts[len(pasts) // 2], 2 * pasts[-1])

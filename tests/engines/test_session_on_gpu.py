@@ -187,8 +187,8 @@ def test_a_left_padded_batch_of_four_answers_as_each_alone(trained: Checkpoint, 
     corpus = [example for example in train.load_corpus() if not example.history]
     for start in (0, 20, 60):
         four = sorted(corpus[start : start + 16], key=lambda example: len(example.question))[::4]
-        talk = Chat(trained, session, Sampling(greedy=True))
-        assert talk.ask_together([example.question for example in four]) == [example.answer for example in four]
+        chat = Chat(trained, session, Sampling(greedy=True))
+        assert chat.ask_together([example.question for example in four]) == [example.answer for example in four]
         assert len({len(prompt_of(trained, example)) for example in four}) > 1
 
 
@@ -199,10 +199,10 @@ def test_fifty_rounds_leave_device_memory_flat(trained: Checkpoint, session: Ope
     # may be taken.
     for _ in range(5):
         before = cuda.free_device_memory()
-        talk = Chat(trained, session, Sampling(greedy=True), drop_oldest=True)
+        chat = Chat(trained, session, Sampling(greedy=True), drop_oldest=True)
         for index in range(50):
-            talk.ask(questions[index % len(questions)])
-        assert len(talk.history) < 50, "the context limit must be met on the way"
+            chat.ask(questions[index % len(questions)])
+        assert len(chat.history) < 50, "the context limit must be met on the way"
         taken.append(before - cuda.free_device_memory())
         if taken[-1] == 0:
             break
