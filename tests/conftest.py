@@ -40,7 +40,7 @@ def _no_gpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The browser comes last: by then the notebooks have run. Tests that need a GPU say so where there is none."""
+    """Browser tests come last, when the notebooks have run. Tests that need a GPU are skipped where there is none."""
     items.sort(key=lambda item: item.path.name == "test_browser.py")
     if not tensorrt_package.gpus():
         for item in items:

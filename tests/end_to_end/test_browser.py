@@ -27,7 +27,7 @@ from glmtrt_helpers.workbook import run_notebooks, setup
 pytestmark = pytest.mark.browser
 CHAT, SLIDERS = "06_chat_inference", "01_debug_forward_inputs"
 CHINESE, ENGLISH = "为什么要用 flatten？", "What is a profile?"
-# Long enough that a reader has time to press stop.
+# Its answer is long enough to press stop.
 LONG = "Tell me the whole story from checkpoint to chat."
 PACE = 100  # milliseconds between tokens
 
@@ -71,7 +71,7 @@ def chat_page(opened: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def panel(chat_page: Any) -> ChatPanel:
-    """The chat panel with an empty conversation, choosing the likeliest token, as fast as it can."""
+    """The chat panel with an empty conversation, greedy, without delay."""
     panel = ChatPanel(chat_page)
     panel.new_conversation()
     panel.set_greedy(True)
@@ -115,14 +115,14 @@ def test_stop_ends_an_answer_and_the_next_one_is_whole(panel: ChatPanel) -> None
 def test_no_broken_character_in_the_panel(panel: ChatPanel) -> None:
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
-    text = panel.root.inner_text()  # elsewhere the notebook shows one on purpose
+    text = panel.root.inner_text()  # elsewhere the notebook shows one deliberately
     assert CHINESE in text and ANSWERS[CHINESE] in text
-    found = text.find("\ufffd")
-    assert found < 0, text[max(found - 100, 0) : found + 100]
+    broken = text.find("\ufffd")
+    assert broken < 0, text[max(broken - 100, 0) : broken + 100]
 
 
 def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
-    """A font without a character draws the same box for each; so does every font for a code point of nobody's."""
+    """A font draws the same box for every character that it lacks, and for a code point that no font has."""
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
     drawn = panel.page.evaluate(
@@ -138,7 +138,7 @@ def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
         }""",
         ["你", "好", "\uf8ff", " "],
     )
-    different = len(set(drawn))  # counted first, or a failure would print all the pixels
+    different = len(set(drawn))  # counted first, because a failure would print all pixels
     assert different == 4, "Chinese characters are drawn as boxes: install fonts-noto-cjk"
 
 
