@@ -1,44 +1,18 @@
 """The decode loop on a random model and on a scripted session; the trained model is tried end to end."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from support.scripted import Scripted
 
 from glmtrt_helpers.checkpoints import loading
-from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.examples import prompt_inputs
-from glmtrt_helpers.sessions.base import Limits, Session
+from glmtrt_helpers.sessions.base import Limits
 from glmtrt_helpers.sessions.decode_loop import generate, greedy
 from glmtrt_helpers.sessions.pytorch import TorchSession
-
-
-class Scripted(Session):
-    """Gives the tokens of a script, whatever its inputs; each entry is one step, a list for the rows of a batch."""
-
-    backend = "scripted"
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, checkpoint: Checkpoint, script: Sequence[int | Sequence[int]]):
-        self.vocabulary = checkpoint.vocab_size
-        self.script = iter(script)
-        self.calls: list[dict[str, np.ndarray]] = []
-
-    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
-        return {}
-
-    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        self.calls.append(dict(flat))
-        batch, sequence = flat["input_ids"].shape
-        logits = np.zeros((batch, sequence, self.vocabulary), np.float32)
-        tokens = next(self.script)
-        for row, token in enumerate(tokens if isinstance(tokens, Sequence) else [tokens] * batch):
-            logits[row, -1, token] = 1.0
-        return {"logits": logits}
 
 
 def test_greedy_equals_one_forward_over_the_whole_text(_random_master: Path) -> None:
