@@ -30,8 +30,17 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_working_copy(TINY, tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is not marked `gpu` sees none, nor do the processes that it starts, so it runs alike everywhere."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(tensorrt_package, "gpus", list)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The browser comes last: by then the notebooks have run. Tests that need a GPU say so where there is none."""
+    """Browser tests come last, when the notebooks have run. Tests that need a GPU are skipped where there is none."""
     items.sort(key=lambda item: item.path.name == "test_browser.py")
     if not tensorrt_package.gpus():
         for item in items:

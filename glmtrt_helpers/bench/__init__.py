@@ -1,4 +1,4 @@
-"""Measure memory and speed, and draw the measurements against what bounds them."""
+"""Measure memory and speed, and draw the measurements next to what bounds them."""
 
 import lazy_loader
 
@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "memory": ["measure_memory"],
         "plots": [
             "COLOURS",
-            "once_each",
             "plot_batches",
             "plot_bounds",
             "plot_layer",

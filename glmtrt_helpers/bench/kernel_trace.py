@@ -1,17 +1,12 @@
-"""Notebook 07: the kernels that a step is made of, from a trace that was kept, with names that can be read.
+"""Notebook 07: which kernels a step consists of, recorded with PyTorch's profiler and named so that they can be read.
 
-A trace of what runs on the GPU during a step: every kernel and copy, when it began and what it took.
-
-Recorded with PyTorch's profiler, which sees all that the process runs on the GPU, TensorRT's kernels and those of a
-CUDA graph among them.
+The profiler sees everything that the process runs on the GPU, including TensorRT's kernels and those of a CUDA graph.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from glmtrt_helpers.bench.results import Report, about_run, read_json
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
@@ -26,10 +22,39 @@ from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.memory_prediction import BYTES
 
+# What a fused kernel of TensorRT computes, by the parts of its name; parts that only move data are layout.
+_FUSED = {
+    "Gath": "gather",
+    "MaxrSubExp": "softmax",
+    "AddCastMean": "add",
+    "MeanSubMulMeanAddSqrt": "LayerNorm",
+    "Tanh": "GELU",
+    "ConcMulMulAdd": "rotary",
+    "Topk": "top-k",
+}
+_LAYOUT = {"Resh", "Move", "Slic", "Tran", "Conc", "Cast", "Repl", "Etc", "Sele", "Iota"}
+_WORDS = {"mul": "multiply", "div": "divide", "eql": "compare"}
+_MATMULS = ("matmul", "gemm", "gemv", "nvjet", "cutlass", "splitkreduce")
+_ATTENTION = ("attend", "flash", "fmha", "attention", "mha_")
+_KINDS = {"matmul": "matmul", "attend": "attention", "attention": "attention", "softmax": "attention"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, copy or fill on the GPU. start_us: microseconds since the first one of the recording."""
+
+    name: str
+    start_us: float
+    duration_us: float
+
+    @property
+    def end_us(self) -> float:
+        return self.start_us + self.duration_us
+
 
 @dataclass(frozen=True)
 class Step:
-    """One recorded step of a `trace`. idle_fraction: of its time, in which nothing ran on the GPU."""
+    """One recorded step. past: as in `results.Row`; idle_fraction: the share of its time when the GPU ran nothing."""
 
     engine: str
     phase: str
@@ -39,83 +64,95 @@ class Step:
     kernels: list[Kernel]
 
 
+def record_kernels(step: Callable[[], object], runs: int = 5) -> list[list[Kernel]]:
+    """Run a warmed-up step `runs` times without a pause; the kernels of each run.
+
+    Raises WorkbookError where PyTorch sees no GPU, or where the runs differ.
+    """
+    if not torch.cuda.is_available():
+        raise WorkbookError("a trace needs an NVIDIA GPU, and PyTorch with CUDA.")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            step()
+        torch.cuda.synchronize()
+    return split(gpu_kernels(profiler.events()), runs)
+
+
+def gpu_kernels(events: Sequence[Any]) -> list[Kernel]:
+    """What ran on the GPU, in order of time, of the profiler's events; calls of the host are left out."""
+    spans = [(event.time_range, event.name) for event in events if event.device_type == DeviceType.CUDA]
+    spans.sort(key=lambda span: span[0].start)
+    return [Kernel(name, time.start - spans[0][0].start, time.elapsed_us()) for time, name in spans]
+
+
+def split(kernels: Sequence[Kernel], runs: int) -> list[list[Kernel]]:
+    """Cut a recording into its runs. Raises WorkbookError where they cannot all have the same number of kernels."""
+    count, rest = divmod(len(kernels), runs)
+    if rest or not count:
+        raise WorkbookError(f"{len(kernels)} kernels are not {runs} equal runs of a step: warm it up first.")
+    return [list(kernels[start : start + count]) for start in range(0, len(kernels), count)]
+
+
+def entry(engine: str, phase: str, batch: int, past: int, runs: Sequence[Sequence[Kernel]]) -> dict[str, Any]:
+    """A step for the JSON of `results.save_traces`: the middle run, and how idle the GPU was over all runs."""
+    middle = runs[len(runs) // 2]
+    step = {"engine": engine, "phase": phase, "batch": batch, "past": past}
+    step["idle_fraction"] = round(idle_fraction(runs), 4)
+    step["kernels"] = [
+        {
+            "name": kernel.name,
+            "start_us": round(kernel.start_us - middle[0].start_us, 2),
+            "duration_us": round(kernel.duration_us, 2),
+        }
+        for kernel in middle
+    ]
+    return step
+
+
+def idle_fraction(runs: Sequence[Sequence[Kernel]]) -> float:
+    """The share of the time from the first run's start to the last run's start when the GPU ran nothing."""
+    kernels = [kernel for run in runs for kernel in run]
+    start, end = kernels[0].start_us, runs[-1][0].start_us
+    busy, reached = 0.0, start
+    for kernel in kernels:
+        first, last = max(kernel.start_us, reached), min(kernel.end_us, end)
+        busy += max(0.0, last - first)
+        reached = max(reached, last)
+    return 1 - busy / (end - start)
+
+
 def load_trace(path: Path) -> tuple[list[Step], str]:
-    """The kernels of recorded steps, and on what they ran. WorkbookError: missing or broken."""
+    """The recorded steps of a file of `glmtrt bench DIR --trace`, and a line about its run.
+
+    Raises WorkbookError where the file is missing or broken.
+    """
     again = f"record it with `glmtrt bench DIR --trace {path}`"
-    entry = read_json(path, again)
+    content = read_json(path, again)
     try:
-        steps = [Step(**{**step, "kernels": [Kernel(**k) for k in step["kernels"]]}) for step in entry["steps"]]
-        return steps, about_run(entry)
+        steps = [Step(**{**step, "kernels": [Kernel(**k) for k in step["kernels"]]}) for step in content["steps"]]
+        return steps, about_run(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise WorkbookError(f"{path} is no whole trace ({error}): {again}.") from None
+        raise WorkbookError(f"{path} is not a complete trace ({error}): {again}.") from None
 
 
 def find_step(steps: Sequence[Step], engine: str, phase: str = "decode", batch: int = 1, past: int = 512) -> Step:
-    """The recorded step of these sizes; WorkbookError names those that there are."""
+    """The recorded step of these sizes. Raises WorkbookError that lists the recorded ones."""
     for step in steps:
         if (step.engine, step.phase, step.batch, step.past) == (engine, phase, batch, past):
             return step
-    there = "; ".join(f"{s.engine}, {s.phase}, batch {s.batch}, {s.past} tokens" for s in steps)
-    raise WorkbookError(f"no step of {engine}, {phase}, batch {batch}, {past} tokens was recorded: choose of {there}.")
-
-
-# What a fused kernel of TensorRT's is for, by what it does on the way; and steps that only put numbers elsewhere.
-_FUSED = {
-    "Gath": "look-up",
-    "MaxrSubExp": "softmax",
-    "AddCastMean": "add",
-    "MeanSubMulMeanAddSqrt": "LayerNorm",
-    "Tanh": "GELU",
-    "ConcMulMulAdd": "rotary",
-    "Topk": "choose the best",
-}
-_LAYOUT = {"Resh", "Move", "Slic", "Tran", "Conc", "Cast", "Repl", "Etc", "Sele", "Iota"}
-_WORDS = {"mul": "multiply", "div": "divide", "eql": "compare"}
-_PRODUCTS = ("matmul", "gemm", "gemv", "nvjet", "cutlass", "splitkreduce")
-_ATTENTION = ("attend", "flash", "fmha", "attention", "mha_")
-_OF_ATTENTION = ("attend", "attention", "softmax")
-
-
-def short_name(name: str) -> str:
-    """What a kernel is, in a word or four: "product", "LayerNorm", "multiply, add", "copy", "attend"."""
-    lower = name.lower()
-    if any(word in lower for word in _ATTENTION):
-        return "attend" if re.fullmatch(r"\W*attend\W*", name) else "attention"
-    if any(word in lower for word in _PRODUCTS):
-        return "product"
-    if lower.startswith(("memcpy", "memset")):
-        return "copy" if lower.startswith("memcpy") else "fill"
-    fused = re.match(r"__myl_([A-Za-z]+)", name)
-    if fused:
-        return _fused_name(fused[1])
-    plain = re.sub(r"<.*|\(.*", "", re.sub(r"^(void|static|extern)\s+", "", name)).split("::")[-1].strip()
-    return plain[:32] or name[:32]
-
-
-def _fused_name(parts: str) -> str:
-    meanings = [meaning for part, meaning in _FUSED.items() if part in parts]
-    if meanings:
-        return ", ".join(meanings)
-    done = [word for word in re.findall(r"[A-Z][a-z]*", parts) if word not in _LAYOUT]
-    if not done:
-        return "transpose" if "Tran" in parts else "copy"
-    words = list(dict.fromkeys(_WORDS.get(word.lower(), word.lower()) for word in done))
-    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
-
-
-def kind_of(name: str) -> str:
-    """product, attention or the rest, by a kernel's name."""
-    short = short_name(name)
-    return short if short == "product" else "attention" if short in _OF_ATTENTION else "the rest"
+    recorded = "; ".join(f"{s.engine}, {s.phase}, batch {s.batch}, {s.past} tokens" for s in steps)
+    raise WorkbookError(
+        f"no step of {engine}, {phase}, batch {batch}, {past} tokens was recorded: choose from {recorded}."
+    )
 
 
 def kernel_rows(step: Step) -> list[tuple[str, int, float, float]]:
-    """(short name, how many, microseconds in all, share of all), the longest first."""
-    taken: dict[str, list[float]] = defaultdict(list)
+    """(short name, count, total microseconds, share of all kernels' time), the longest first."""
+    durations: dict[str, list[float]] = defaultdict(list)
     for kernel in step.kernels:
-        taken[short_name(kernel.name)].append(kernel.duration_us)
-    total = sum(map(sum, taken.values()))
-    rows = [(name, len(each), sum(each), sum(each) / total) for name, each in taken.items()]
+        durations[short_name(kernel.name)].append(kernel.duration_us)
+    total = sum(map(sum, durations.values()))
+    rows = [(name, len(each), sum(each), sum(each) / total) for name, each in durations.items()]
     return sorted(rows, key=lambda row: -row[2])
 
 
@@ -131,80 +168,43 @@ def one_layer(step: Step) -> list[Kernel]:
             starts = [i for i in range(first, first + period) if names[i] == "attend"]
             start = starts[0] if starts else first
             return list(step.kernels[start : start + period])
-    raise WorkbookError(f"the {len(names)} kernels of this step repeat nothing that could be a layer.")
+    raise WorkbookError(f"the {len(names)} kernels of this step contain no repeated sequence that could be a layer.")
 
 
 def layer_floor_us(checkpoint: Checkpoint, report: Report, dtype: str = "fp16") -> float:
-    """Microseconds in which the weights of one layer are read."""
+    """Microseconds that reading one layer's weights takes at the report's bandwidth."""
     shapes = expected_shapes(checkpoint.config)
     numbers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
     return numbers * BYTES[dtype] / report.copy_bandwidth_gb_s / 1e3
 
 
-ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the profiler's events
+def kind_of(name: str) -> str:
+    """The kind of a kernel, by its name: "matmul", "attention" or "the rest"."""
+    return _KINDS.get(short_name(name), "the rest")
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """start_us: since the first kernel of the recording."""
-
-    name: str
-    start_us: float
-    duration_us: float
-
-    @property
-    def end_us(self) -> float:
-        return self.start_us + self.duration_us
-
-
-def record_kernels(step: Callable[[], object], steps: int = 5) -> list[list[Kernel]]:
-    """Run a step that is warm several times without a pause and return the kernels of each run.
-
-    Raises WorkbookError where PyTorch sees no GPU, or where the runs differ.
-    """
-    if not torch.cuda.is_available():
-        raise WorkbookError("a trace needs an NVIDIA GPU, and PyTorch with CUDA.")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        return split(read(path), steps)
+def short_name(name: str) -> str:
+    """What a kernel does, in a word or a few: "matmul", "LayerNorm", "multiply, add", "copy"; "attend" is our own."""
+    lower = name.lower()
+    if any(word in lower for word in _ATTENTION):
+        return "attend" if re.fullmatch(r"\W*attend\W*", name) else "attention"
+    if any(word in lower for word in _MATMULS):
+        return "matmul"
+    if lower.startswith(("memcpy", "memset")):
+        return "copy" if lower.startswith("memcpy") else "fill"
+    fused = re.match(r"__myl_([A-Za-z]+)", name)
+    if fused:
+        return _fused_name(fused[1])
+    plain = re.sub(r"<.*|\(.*", "", re.sub(r"^(void|static|extern)\s+", "", name)).split("::")[-1].strip()
+    return plain[:32] or name[:32]
 
 
-def read(path: Path) -> list[Kernel]:
-    """The GPU's part of a trace in Chrome's format, in order of time."""
-    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    found = sorted((e["ts"], e["dur"], e["name"]) for e in events if e.get("cat") in ON_GPU)
-    return [Kernel(name, start - found[0][0], duration) for start, duration, name in found]
-
-
-def split(kernels: Sequence[Kernel], steps: int) -> list[list[Kernel]]:
-    """One list for each of so many equal runs."""
-    count, rest = divmod(len(kernels), steps)
-    if rest or not count:
-        raise WorkbookError(f"{len(kernels)} kernels are not {steps} equal runs of a step: let it run warm first.")
-    return [list(kernels[start : start + count]) for start in range(0, len(kernels), count)]
-
-
-def idle_fraction(runs: Sequence[Sequence[Kernel]]) -> float:
-    """The share of the time from one step's start to the next one's in which nothing ran on the GPU."""
-    kernels = [kernel for run in runs for kernel in run]
-    start, end = kernels[0].start_us, runs[-1][0].start_us
-    busy, reached = 0.0, start
-    for kernel in kernels:
-        first, last = max(kernel.start_us, reached), min(kernel.end_us, end)
-        busy += max(0.0, last - first)
-        reached = max(reached, last)
-    return 1 - busy / (end - start)
-
-
-def entry(engine: str, phase: str, batch: int, past: int, runs: Sequence[Sequence[Kernel]]) -> dict[str, Any]:
-    """A step for the JSON of `results.save_traces`: the run in the middle, and how idle the GPU was between runs."""
-    middle = runs[len(runs) // 2]
-    kernels = [{"name": k.name, "start_us": round(k.start_us - middle[0].start_us, 2),
-                "duration_us": round(k.duration_us, 2)} for k in middle]  # fmt: skip
-    about = {"engine": engine, "phase": phase, "batch": batch, "past": past}
-    return {**about, "idle_fraction": round(idle_fraction(runs), 4), "kernels": kernels}
+def _fused_name(parts: str) -> str:
+    meanings = [meaning for part, meaning in _FUSED.items() if part in parts]
+    if meanings:
+        return ", ".join(meanings)
+    operations = [word for word in re.findall(r"[A-Z][a-z]*", parts) if word not in _LAYOUT]
+    if not operations:
+        return "transpose" if "Tran" in parts else "copy"
+    words = list(dict.fromkeys(_WORDS.get(word.lower(), word.lower()) for word in operations))
+    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")

@@ -1,15 +1,16 @@
-"""What `glmtrt bench DIR` measures: everything that can run a step of this checkpoint, behind one interface.
+"""What `glmtrt bench DIR` measures: everything that can run a step of this checkpoint, with one interface.
 
-A contender is opened, asked for steps of certain shapes, and closed before the next one. Its step leaves its cache as
-it found it, or a token longer, so that each sample measures the same.
+A runner is opened, asked for steps of certain shapes, and closed before the next one is opened. Running a step again
+measures the same: the cache is as long as before, or one token longer after each decode step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.precisions import PRECISIONS
 from glmtrt_helpers.engines import cuda, plan_info
 from glmtrt_helpers.engines.profiles import find_profile
 from glmtrt_helpers.export import exporting
@@ -37,78 +39,76 @@ from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
 Step = Callable[[], object]
+FILLER = 6  # the token id of all text; a step takes equally long on any
 
 
-def call(checkpoint: Checkpoint, batch: int, length: int, past: int) -> dict[str, np.ndarray]:
-    """Ids, positions and mask of new tokens on a past, as a chat sends them; what they say does not matter.
-
-    Without a past they are a prompt, which ends in [gMASK] and <sop>; with one, what is said behind it.
-    """
-    gmask, sop = (int(checkpoint.config[key]) for key in ("gmask_token_id", "bos_token_id"))
-    filler = 6
-    if not past:
-        return positions_and_mask.prefill(checkpoint, [[filler] * (length - 2) + [gmask, sop]] * batch)
-    whole = positions_and_mask.prefill(checkpoint, [[filler] * (past - 2) + [gmask, sop] + [filler] * length] * batch)
-    new = {name: whole[name][..., -length:] for name in ("input_ids", "position_ids")}
-    return new | {"attention_mask": whole["attention_mask"][:, :, -length:]}
+def runners(checkpoint: Checkpoint, dtype: str) -> dict[str, Callable[[], Runner]]:
+    """What to try on this machine, by name; calling one opens it, or raises WorkbookError where it cannot run here."""
+    on_gpu = bool(tensorrt_package.gpus())
+    torch_device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    ort_device = "cuda" if on_gpu else "cpu"
+    return {
+        "torch-eager": lambda: TorchEager(checkpoint, dtype, torch_device),
+        "torch-graph": lambda: TorchGraph(checkpoint, dtype),
+        f"ort-{ort_device}": lambda: Ort(checkpoint, dtype, ort_device),
+        "classical": lambda: Engine(checkpoint, dtype),
+        "fast": lambda: FastEngine(checkpoint, dtype),
+    }
 
 
 class Runner(ABC):
-    """name: as the table has it. taken: bytes on the GPU that opening it took, None on a CPU."""
+    """name: as in tables and saved runs. gpu_bytes: GPU memory that opening it took, None on a CPU."""
 
     name: str
     dtype: str = "fp16"
-    taken: int | None = None
+    gpu_bytes: int | None = None
     load_seconds: float = 0.0
 
-    def prepare(self) -> None:
-        """To be done before runs of the last step that was asked for, outside of what is measured."""
-        return
+    @contextlib.contextmanager
+    def _loading(self, on_gpu: bool) -> Iterator[None]:
+        """Measure what the block loads: seconds, and GPU memory where it is `on_gpu`."""
+        free = cuda.free_device_memory() if on_gpu else 0
+        started = time.perf_counter()
+        yield
+        self.load_seconds = time.perf_counter() - started
+        self.gpu_bytes = free - cuda.free_device_memory() if on_gpu else None
 
     @abstractmethod
     def step(self, batch: int, length: int, past: int) -> Step:
-        """One step of these shapes, ready to be run again and again. WorkbookError: it does not take them."""
+        """One step of these shapes, ready to be run many times. WorkbookError: it does not take them."""
+
+    def prepare(self) -> None:
+        """Reset the cache to the past of the last step that was asked for; not part of what is measured."""
+        return
 
     def times(self, step: Step, count: int) -> list[float]:
-        """Milliseconds of so many runs, one behind the other: a GPU is told of the next while one is under way."""
+        """Milliseconds of `count` runs back to back: a GPU gets the next one while one is still running."""
         return host_times(step, count)
 
     def plans(self) -> list[Path]:
-        """The engines that it runs."""
+        """The engine files that it runs."""
         return []
 
     @abstractmethod
     def close(self) -> None: ...
 
 
-def host_times(step: Step, count: int) -> list[float]:
-    """By the host's clock."""
-    moments = [time.perf_counter()]
-    for _ in range(count):
-        step()
-        moments.append(time.perf_counter())
-    return [1000 * (later - sooner) for sooner, later in pairwise(moments)]
-
-
 class TorchEager(Runner):
-    """The checkpoint's own remote code, as it came, in eager PyTorch."""
+    """The checkpoint's own remote code, unpatched, in eager PyTorch."""
 
     name = "torch-eager"
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        before = cuda.free_device_memory() if device == "cuda" else 0
-        started = time.perf_counter()
-        kind = loading.DTYPES[dtype]
-        model = loading.load_model(checkpoint, kind, code=checkpoint.pristine_code)
-        self.model: Any = model.to(device)
-        self.load_seconds = time.perf_counter() - started
-        self.taken = before - cuda.free_device_memory() if device == "cuda" else None
+        with self._loading(device == "cuda"):
+            model = loading.load_model(checkpoint, loading.DTYPES[dtype], code=checkpoint.pristine_code)
+            self.model: Any = model.to(device)
 
     def step(self, batch: int, length: int, past: int) -> Step:
         flat = empty_past(self.checkpoint, batch, loading.DTYPES[self.dtype])
         flat = {name: tensor.new_zeros(past, *tensor.shape[1:]) for name, tensor in flat.items()}
-        flat |= {name: torch.from_numpy(array) for name, array in call(self.checkpoint, batch, length, past).items()}
+        new = step_inputs(self.checkpoint, batch, length, past)
+        flat |= {name: torch.from_numpy(array) for name, array in new.items()}
         kwargs = forward_kwargs({name: tensor.to(self.device) for name, tensor in flat.items()})
 
         def run() -> object:
@@ -125,25 +125,8 @@ class TorchEager(Runner):
         free_torch()
 
 
-def torch_times(step: Step, count: int) -> list[float]:
-    """Between events in PyTorch's stream."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    events[-1].synchronize()
-    return [float(first.elapsed_time(second)) for first, second in pairwise(events)]
-
-
-def free_torch() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 class TorchGraph(Runner):
-    """What a careful reader would write in PyTorch: a static cache, SDPA over its used length, in a CUDA graph."""
+    """Careful plain PyTorch: a static cache, SDPA over the used part of it, in a CUDA graph."""
 
     name = "torch-graph"
 
@@ -151,20 +134,20 @@ class TorchGraph(Runner):
         if not torch.cuda.is_available():
             raise WorkbookError("CUDA graphs need an NVIDIA GPU, and PyTorch with CUDA.")
         self.checkpoint, self.dtype = checkpoint, dtype
-        before, started = cuda.free_device_memory(), time.perf_counter()
-        self.model: Any = StaticDecoder.load(checkpoint, loading.DTYPES[dtype], "cuda")
-        self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_device_memory()
+        with self._loading(on_gpu=True):
+            self.model: Any = StaticDecoder.load(checkpoint, loading.DTYPES[dtype], "cuda")
 
     def step(self, batch: int, length: int, past: int) -> Step:
         cache = self.model.empty_cache(batch, past + length, "cuda")
-        given = {name: torch.from_numpy(a).to("cuda") for name, a in call(self.checkpoint, batch, length, past).items()}
-        mask = None if length == 1 else given["attention_mask"]
+        arrays = step_inputs(self.checkpoint, batch, length, past)
+        new = {name: torch.from_numpy(array).to("cuda") for name, array in arrays.items()}
+        mask = None if length == 1 else new["attention_mask"]
 
         def run() -> object:
-            return self.model.step(given["input_ids"], given["position_ids"], mask, cache, past)
+            return self.model.step(new["input_ids"], new["position_ids"], mask, cache, past)
 
         side = torch.cuda.Stream()
-        with torch.inference_mode(), torch.cuda.stream(side):  # what is made at the first call is not to be captured
+        with torch.inference_mode(), torch.cuda.stream(side):  # the first calls allocate what must not be captured
             for _ in range(3):
                 run()
         torch.cuda.synchronize()
@@ -182,7 +165,7 @@ class TorchGraph(Runner):
 
 
 class Ort(Runner):
-    """The classical graph in ONNX Runtime, its inputs and outputs bound to the device: "ort-cuda" or "ort-cpu"."""
+    """The graph of notebook 03 in ONNX Runtime, inputs and outputs bound to the device: "ort-cuda" or "ort-cpu"."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str):
         self.name, self.checkpoint, self.dtype, self.device = f"ort-{device}", checkpoint, dtype, device
@@ -191,20 +174,17 @@ class Ort(Runner):
             raise WorkbookError(f"ONNX Runtime's {provider} is not installed: pip install onnxruntime-gpu.")
         if device == "cpu" and checkpoint.is_large:
             raise WorkbookError("ONNX Runtime would cast all weights first, to 27 GB: see notebook 04.")
-        path = exporting.onnx_path(checkpoint, dtype)
-        before = cuda.free_device_memory() if device == "cuda" else 0
-        started = time.perf_counter()
-        self.session: Any = OrtSession(path, providers=[provider]).session
-        self.load_seconds = time.perf_counter() - started
-        self.taken = before - cuda.free_device_memory() if device == "cuda" else None
+        with self._loading(device == "cuda"):
+            path = exporting.onnx_path(checkpoint, dtype)
+            self.session: Any = OrtSession(path, providers=[provider]).session
 
     def step(self, batch: int, length: int, past: int) -> Step:
         binding = self.session.io_binding()
         shape = (past, batch, self.checkpoint.num_heads, self.checkpoint.head_size)
-        cache = np.zeros(shape, np.float16 if self.dtype == "fp16" else np.float32)
-        given = call(self.checkpoint, batch, length, past)
+        cache = np.zeros(shape, PRECISIONS[self.dtype])
+        new = step_inputs(self.checkpoint, batch, length, past)
         for name in (value.name for value in self.session.get_inputs()):
-            array = np.ascontiguousarray(given.get(name, cache))
+            array = np.ascontiguousarray(new.get(name, cache))
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0))
         for value in self.session.get_outputs():
             binding.bind_output(value.name, self.device)
@@ -222,16 +202,15 @@ class Ort(Runner):
 
 
 class _OnTensorRT(Runner):
-    """Both engines: events of CUDA, in the session's own stream. open: gives the session of a backend."""
+    """Both kinds of engine, timed with CUDA events in the session's own stream. open: opens a session of a backend."""
 
     session: Any
     open: Callable[[Checkpoint, str, str], Session]
 
     def __init__(self, checkpoint: Checkpoint, dtype: str):
         self.checkpoint, self.dtype = checkpoint, dtype
-        before, started = cuda.free_device_memory() if tensorrt_package.gpus() else 0, time.perf_counter()
-        self.session = self.open(checkpoint, "tensorrt", dtype)
-        self.load_seconds, self.taken = time.perf_counter() - started, before - cuda.free_device_memory()
+        with self._loading(bool(tensorrt_package.gpus())):
+            self.session = self.open(checkpoint, "tensorrt", dtype)
 
     def times(self, step: Step, count: int) -> list[float]:
         events = [cuda.new_event() for _ in range(count + 1)]
@@ -241,17 +220,17 @@ class _OnTensorRT(Runner):
             step()
             cuda.mark(event, self.session.stream)
         cuda.wait(events[-1])
-        taken = [cuda.elapsed_ms(first, second) for first, second in pairwise(events)]
+        milliseconds = [cuda.elapsed_ms(first, second) for first, second in pairwise(events)]
         for event in events:
             cuda.destroy_event(event)
-        return taken
+        return milliseconds
 
     def close(self) -> None:
         self.session.close()
 
 
-class Classical(_OnTensorRT):
-    """The engine of notebooks 05 and 06: the past goes in, past and new come out."""
+class Engine(_OnTensorRT):
+    """The engine of notebooks 05 and 06: takes past_key_values, returns present_key_values."""
 
     name = "classical"
     open = staticmethod(backends.open_session)
@@ -260,45 +239,72 @@ class Classical(_OnTensorRT):
         return [plan_info.plan_path(self.checkpoint, self.dtype)]
 
     def step(self, batch: int, length: int, past: int) -> Step:
-        given: Mapping[str, np.ndarray] = call(self.checkpoint, batch, length, past)
-        return lambda: self.session.enqueue(given, past)
+        new = step_inputs(self.checkpoint, batch, length, past)
+        return lambda: self.session.enqueue(new, past)
 
 
-class Fast(_OnTensorRT):
-    """The fast engine: decode as it feeds itself, in a CUDA graph."""
+class FastEngine(_OnTensorRT):
+    """The fast engine of notebook 07; decode in its device-side loop, in a CUDA graph."""
 
     name = "fast"
     open = staticmethod(fast_backends.open_session)
-    _at = (1, 0)
+    _cache = (1, 0)  # batch and past of the last step that was asked for
 
     def prepare(self) -> None:
-        self.session.pretend(*self._at)
+        self.session.pretend(*self._cache)
 
     def times(self, step: Step, count: int) -> list[float]:
-        return super().times(step, min(count, self.session.limits.total - self._at[1]))  # each leaves a token there
+        room = self.session.limits.total - self._cache[1]  # each decode step leaves a token in the cache
+        return super().times(step, min(count, room))
 
     def plans(self) -> list[Path]:
         return [part_path(self.checkpoint, self.dtype, part, "plan") for part in PARTS]
 
     def step(self, batch: int, length: int, past: int) -> Step:
         session: FastTensorRTSession = self.session
-        given = call(self.checkpoint, batch, length, past)
         find_profile(session.info.profiles, batch, length, past)
-        self._at = batch, past
-        if not past:
-            return lambda: session.enqueue(given, length)
+        self._cache = batch, past
+        if past:
+            return session.decode
+        new = step_inputs(self.checkpoint, batch, length, past)
+        return lambda: session.enqueue(new, length)
 
-        return session.decode
+
+def step_inputs(checkpoint: Checkpoint, batch: int, length: int, past: int) -> dict[str, np.ndarray]:
+    """input_ids, position_ids and attention_mask of `length` new tokens after `past` ones, as in a chat.
+
+    Without a past they are a prompt, which ends in [gMASK] and <sop>; with one, the answer after it.
+    """
+    end = [int(checkpoint.config[key]) for key in ("gmask_token_id", "bos_token_id")]
+    if not past:
+        return positions_and_mask.prefill(checkpoint, [[FILLER] * (length - 2) + end] * batch)
+    whole = positions_and_mask.prefill(checkpoint, [[FILLER] * (past - 2) + end + [FILLER] * length] * batch)
+    new = {name: whole[name][..., -length:] for name in ("input_ids", "position_ids")}
+    return new | {"attention_mask": whole["attention_mask"][:, :, -length:]}
 
 
-def runners(checkpoint: Checkpoint, dtype: str) -> dict[str, Callable[[], Runner]]:
-    """What to try on this machine, by name; opening one raises WorkbookError where it cannot run here."""
-    on_gpu = bool(tensorrt_package.gpus())
-    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
-    return {
-        "torch-eager": lambda: TorchEager(checkpoint, dtype, device),
-        "torch-graph": lambda: TorchGraph(checkpoint, dtype),
-        f"ort-{'cuda' if on_gpu else 'cpu'}": lambda: Ort(checkpoint, dtype, "cuda" if on_gpu else "cpu"),
-        "classical": lambda: Classical(checkpoint, dtype),
-        "fast": lambda: Fast(checkpoint, dtype),
-    }
+def host_times(step: Step, count: int) -> list[float]:
+    """Milliseconds of `count` runs by the host's clock."""
+    moments = [time.perf_counter()]
+    for _ in range(count):
+        step()
+        moments.append(time.perf_counter())
+    return [1000 * (later - sooner) for sooner, later in pairwise(moments)]
+
+
+def torch_times(step: Step, count: int) -> list[float]:
+    """Milliseconds of `count` runs by CUDA events in PyTorch's stream."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    events[-1].synchronize()
+    return [float(first.elapsed_time(second)) for first, second in pairwise(events)]
+
+
+def free_torch() -> None:
+    """Give back the memory that PyTorch keeps for reuse."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

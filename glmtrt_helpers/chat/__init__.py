@@ -1,4 +1,4 @@
-"""Notebook 06: a conversation on top of a session: sampling, rounds, terminal and panel."""
+"""Notebook 06: chat over any session: which backend, sampling, rounds, terminal and panel."""
 
 import lazy_loader
 
@@ -6,9 +6,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "backends": ["BACKENDS", "best_backend", "open_session", "unavailable"],
-        "conversation": ["Chat", "compare", "comparison_rows", "post_process", "settled_part"],
+        "comparison": ["compare", "comparison_rows"],
+        "conversation": ["Chat", "post_process", "settled_part"],
         "panel": ["WHERE", "ChatPanel"],
-        "plots": ["draw_choice", "draw_rounds", "turn"],
+        "plots": ["draw_choice", "draw_rounds", "interact"],
         "sampling": ["Sampler", "Sampling", "softmax", "warp"],
     },
 )

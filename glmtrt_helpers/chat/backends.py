@@ -1,4 +1,4 @@
-"""Which backends can run here, and the session of one by name, over the files that the earlier steps left."""
+"""Notebook 06: sessions by the name of their backend, and which backends can be opened here."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BACKENDS = ("torch", "ort", "tensorrt")
 def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> Session:
     """The session of a backend by name.
 
-    torch runs the source, in fp32 where dtype is fp32; ort runs the exported graph, tensorrt the engine of dtype.
-    Raises WorkbookError for an unknown backend and for a graph or an engine that is missing or stale.
+    torch runs the source with its weights in dtype, ort the exported graph of dtype, tensorrt its engine.
+    Raises WorkbookError for an unknown backend, and for a graph or an engine that is missing or out of date.
     """
     if backend == "torch":
-        from glmtrt_helpers.checkpoints.loading import DTYPES, load_bounded  # PyTorch, which the others go without
+        from glmtrt_helpers.checkpoints.loading import DTYPES, load_bounded  # PyTorch, which the others do not need
         from glmtrt_helpers.sessions.pytorch import TorchSession
 
         return TorchSession(load_bounded(checkpoint, DTYPES[dtype]))
@@ -34,11 +34,11 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> S
         from glmtrt_helpers.engines.session import TensorRTSession  # cuda-python
 
         return TensorRTSession.open(checkpoint, dtype)
-    raise WorkbookError(f"{backend!r} is no backend of this workbook: choose {', '.join(BACKENDS)}.")
+    raise WorkbookError(f"{backend!r} is not a backend of this workbook: choose {', '.join(BACKENDS)}.")
 
 
 def unavailable(checkpoint: Checkpoint, dtype: str = "fp16") -> dict[str, str]:
-    """For every backend that cannot be opened here, why; without opening any."""
+    """For every backend that cannot be opened here, the reason; without opening any."""
     reasons = unavailable_files(checkpoint, [checkpoint.directory / f"model.{dtype}"])
     if importlib.util.find_spec("torch") is None:
         reasons["torch"] = "PyTorch is not installed."
@@ -46,7 +46,7 @@ def unavailable(checkpoint: Checkpoint, dtype: str = "fp16") -> dict[str, str]:
 
 
 def unavailable_files(checkpoint: Checkpoint, models: Sequence[Path]) -> dict[str, str]:
-    """Why ort and tensorrt cannot open these models; a model is the path of its graph and its plan without suffix."""
+    """Why ort and tensorrt cannot open these models, each the path of a graph and a plan without the suffix."""
     reasons = {}
     try:
         for model in models:
@@ -60,13 +60,13 @@ def unavailable_files(checkpoint: Checkpoint, models: Sequence[Path]) -> dict[st
 
 
 def best_backend(checkpoint: Checkpoint, dtype: str = "fp16") -> tuple[str, str]:
-    """The fastest backend that can be opened here, and why no faster one."""
+    """The fastest backend that can be opened here, and why TensorRT cannot, if it cannot."""
     return first_available(checkpoint, unavailable(checkpoint, dtype))
 
 
 def first_available(checkpoint: Checkpoint, missing: Mapping[str, str]) -> tuple[str, str]:
-    """The fastest backend that is not `missing`, and why TensorRT is, if it is."""
-    # ONNX Runtime casts every weight at every call; of a large checkpoint it runs slices, and PyTorch is faster.
+    """The fastest backend that is not in `missing`, and why TensorRT is, if it is."""
+    # ONNX Runtime casts every weight in every call, and runs a large checkpoint in slices: there PyTorch is faster.
     order = ("tensorrt", "torch", "ort") if checkpoint.is_large else ("tensorrt", "ort", "torch")
     for backend in order:
         if backend not in missing:

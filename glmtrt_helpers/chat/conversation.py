@@ -1,13 +1,13 @@
-"""Notebook 06: a chat over any session: rounds, streaming, sampling, stopping, and the end of the context.
+"""Notebook 06: a chat over any session: rounds, streaming, stopping, the context limit, and how answers are finished.
 
-Nothing here knows which backend answers, and nothing needs PyTorch.
+Nothing here depends on the backend, and nothing needs PyTorch.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from glmtrt_helpers.chat.sampling import Sampler, Sampling
@@ -16,25 +16,24 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.base import Session
-from glmtrt_helpers.sessions.decode_loop import generate, greedy
+from glmtrt_helpers.sessions.decode_loop import generate
 
-# Upstream writes the training date as a placeholder and fills it in.
+ROOM = 64  # tokens of an answer for which old rounds are dropped
+# Upstream's training data has this placeholder for the date, and its code fills it in.
 DATE_MARK, DATE = "[[训练时间]]", "2023年"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _HALF_WIDTH = "".join(FULL_WIDTH)
 _CJK = "[\u4e00-\u9fff]"
-_BESIDE_CJK = re.compile(rf"(?<={_CJK})[{re.escape(_HALF_WIDTH)}]|[{re.escape(_HALF_WIDTH)}](?={_CJK})")
-# Rounds are dropped until an answer of so many tokens has room.
-ROOM = 64
+_NEXT_TO_CJK = re.compile(rf"(?<={_CJK})[{re.escape(_HALF_WIDTH)}]|[{re.escape(_HALF_WIDTH)}](?={_CJK})")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as far as it has come.
+    """An answer so far.
 
-    text: all of it so far. settled: the part at its beginning that will not change any more, for a terminal, which
-    cannot take back what it printed. ended: "" while it goes on, then "eop", "length" or "stopped".
-    Times in seconds; prompt and tokens are counts; dropped: rounds that had to go to make room.
+    text: all of it. settled: the part at its start that will not change any more, for a terminal, which cannot take
+    back what it printed. ids: its tokens. prompt: tokens of the prompt. dropped: old rounds that were dropped for it.
+    to_first, seconds: time to the first token, and so far. ended: "" while it grows, then "eop", "length" or "stopped".
     """
 
     text: str
@@ -48,34 +47,13 @@ class Reply:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the decode steps alone: the first token belongs to the prefill."""
-        passed = self.seconds - self.to_first
-        return (len(self.ids) - 1) / passed if passed > 0 and len(self.ids) > 1 else 0.0
-
-
-def post_process(text: str) -> str:
-    """What upstream's `process_response` makes of an answer: stripped, dated, full-width punctuation beside Chinese."""
-    text = text.strip().replace(DATE_MARK, DATE)
-    return _BESIDE_CJK.sub(lambda match: FULL_WIDTH[match[0]], text)
-
-
-def settled_part(text: str) -> str:
-    """The beginning of a post-processed, unfinished text that no further token can change.
-
-    Held back are white space (it would be stripped at the end), punctuation that a Chinese character may follow, a
-    character of which not all bytes have come, and the beginning of the date's placeholder.
-    """
-    while True:
-        shorter = text.rstrip().rstrip(_HALF_WIDTH + "\ufffd")
-        begun = next((k for k in range(len(DATE_MARK) - 1, 0, -1) if shorter.endswith(DATE_MARK[:k])), 0)
-        shorter = shorter[: len(shorter) - begun]
-        if shorter == text:
-            return text
-        text = shorter
+        """Of the decode steps alone: the first token comes from the prefill."""
+        decoding = self.seconds - self.to_first
+        return (len(self.ids) - 1) / decoding if decoding > 0 and len(self.ids) > 1 else 0.0
 
 
 class Chat:
-    """One conversation. history: rounds of (question, answer), which the next prompt tells again."""
+    """One conversation. history: rounds of (question, answer), which the next prompt repeats."""
 
     def __init__(
         self,
@@ -86,9 +64,9 @@ class Chat:
         max_length: int | None = None,
         drop_oldest: bool = False,
     ):
-        """max_length: prompt and answer together, the model's whole length by default.
+        """max_length: tokens of prompt and answer together, as many as the model allows by default.
 
-        drop_oldest: at the context limit let the oldest rounds go, instead of raising WorkbookError.
+        drop_oldest: at the context limit, drop the oldest rounds instead of raising WorkbookError.
         """
         self.checkpoint = checkpoint
         self.session = session
@@ -101,16 +79,16 @@ class Chat:
 
     @property
     def limit(self) -> int:
-        """Tokens of prompt and answer together that model, session and max_length allow."""
+        """Tokens that model, session and max_length allow for prompt and answer together."""
         return min(self.max_length or self.checkpoint.max_length, self.checkpoint.max_length, self.session.limits.total)
 
     def set_sampling(self, sampling: Sampling) -> None:
-        """Choose differently from the next answer on; a seed starts anew."""
+        """Change the sampling from the next answer on; a seed starts again."""
         if sampling != self.sampler.sampling:
             self.sampler = Sampler(sampling, self.tokenizer.blank_id)
 
     def cancel(self) -> None:
-        """End the running answer after its current token; from another thread or between two replies."""
+        """End the running answer after its current token; called from another thread or between two replies."""
         self._cancelled = True
 
     def ask(self, query: str) -> str:
@@ -119,9 +97,9 @@ class Chat:
         return last.text
 
     def stream(self, query: str) -> Iterator[Reply]:
-        """The answer as it grows, one Reply per token and a last one that says how it ended.
+        """The answer as it grows: one Reply per token, and a last one that says how it ended.
 
-        The round joins the history when the answer ends, also if it was cancelled, or the caller stopped listening.
+        The round joins the history when the answer ends, even if it was cancelled or the caller stopped iterating.
         Raises WorkbookError, before anything runs, for an empty question and at the context limit.
         """
         prompt, dropped = self._prompt(query)
@@ -133,19 +111,19 @@ class Chat:
         try:
             for (token,) in steps:
                 assert token is not None
-                reply = self._grown(reply, token, time.perf_counter() - started)
+                reply = self._extended(reply, token, time.perf_counter() - started)
                 yield reply
                 if self._cancelled:
                     break
             else:
                 ended = "length" if len(prompt) + len(reply.ids) >= self.limit else "eop"
-        except GeneratorExit:  # the caller has heard enough
+        except GeneratorExit:  # the caller stopped iterating
             self.history.append((query, reply.text))
             raise
         self.history.append((query, reply.text))
         yield replace(reply, settled=reply.text, seconds=time.perf_counter() - started, ended=ended)
 
-    def _grown(self, reply: Reply, token: int, seconds: float) -> Reply:
+    def _extended(self, reply: Reply, token: int, seconds: float) -> Reply:
         ids = (*reply.ids, token)
         text = post_process(self.tokenizer.decode(list(ids)))
         return replace(
@@ -153,29 +131,28 @@ class Chat:
         )
 
     def _prompt(self, query: str) -> tuple[list[int], int]:
-        """Ids of the next prompt, and how many old rounds had to go for it."""
+        """Ids of the next prompt, and how many old rounds were dropped for it."""
         if not query.strip():
             raise WorkbookError("the question is empty: write something.")
         longest = min(self.limit - 1, self.session.limits.prompt)
-        ids = chat_prompt(self.tokenizer, query, self.history)
-        if len(ids) <= longest and not (self.drop_oldest and len(ids) + ROOM > self.limit and self.history):
-            return ids, 0
-        if not self.drop_oldest or not self.history:
-            raise WorkbookError(
-                f"the conversation has come to {len(ids)} tokens, at most {longest} leave room for an answer: start "
-                "a new one, shorten the question, or let the oldest rounds go (drop_oldest, `--drop-oldest`)."
-            )
-        for dropped in range(1, len(self.history) + 1):
+        for dropped in range(len(self.history) + 1 if self.drop_oldest else 1):
             ids = chat_prompt(self.tokenizer, query, self.history[dropped:])
-            if len(ids) <= longest and len(ids) + ROOM <= self.limit:
+            if len(ids) <= longest and (len(ids) + ROOM <= self.limit or not self.drop_oldest):
                 break
+        if len(ids) > longest and dropped == len(self.history):
+            raise WorkbookError(
+                f"the question alone is {len(ids)} tokens long; at most {longest} leave room for an answer: shorten it."
+            )
         if len(ids) > longest:
-            raise WorkbookError(f"the question alone has {len(ids)} tokens, at most {longest} fit: shorten it.")
+            raise WorkbookError(
+                f"the conversation is {len(ids)} tokens long; at most {longest} leave room for an answer: start a new "
+                "one, shorten the question, or drop the oldest rounds (drop_oldest, `--drop-oldest`)."
+            )
         del self.history[:dropped]
         return ids, dropped
 
     def ask_together(self, queries: Sequence[str]) -> list[str]:
-        """Answers to several questions at once, in one left-padded batch; the history is neither read nor changed."""
+        """Answers to several questions, in one left-padded batch; the history is neither read nor changed."""
         prompts = [chat_prompt(self.tokenizer, query) for query in queries]
         answers: list[list[int]] = [[] for _ in prompts]
         for tokens in generate(self.session, self.checkpoint, prompts, choose=self.sampler, max_length=self.max_length):
@@ -185,41 +162,25 @@ class Chat:
         return [post_process(self.tokenizer.decode(answer)) for answer in answers]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One question put to several backends. first_difference: index of the first token that is not the same in all."""
+def post_process(text: str) -> str:
+    """An answer as upstream's `process_response` returns it.
 
-    question: str
-    answers: Mapping[str, str]
-    first_difference: int | None
-    pieces: Mapping[str, str]
-
-
-def compare(
-    checkpoint: Checkpoint, sessions: Mapping[str, Session], questions: Sequence[str], max_length: int | None = None
-) -> list[Comparison]:
-    """Greedy answers of every session, and where they part. pieces: the token of each backend at that place."""
-    tokenizer = load_tokenizer(checkpoint)
-    rows = []
-    for question in questions:
-        prompt = chat_prompt(tokenizer, question)
-        limit = max_length and len(prompt) + max_length
-        ids = {name: greedy(s, checkpoint, prompt, max_length=limit) for name, s in sessions.items()}
-        length = max(map(len, ids.values()))
-        at = next((i for i in range(length) if len({tuple(a[i : i + 1]) for a in ids.values()}) > 1), None)
-        answers = {name: post_process(tokenizer.decode(a)) for name, a in ids.items()}
-        pieces = {} if at is None else {name: tokenizer.piece((*a, tokenizer.eop_id)[at]) for name, a in ids.items()}
-        rows.append(Comparison(question, answers, at, pieces))
-    return rows
+    It is stripped, its date is filled in, and punctuation next to Chinese characters becomes full-width.
+    """
+    text = text.strip().replace(DATE_MARK, DATE)
+    return _NEXT_TO_CJK.sub(lambda match: FULL_WIDTH[match[0]], text)
 
 
-def comparison_rows(rows: list[Comparison]) -> list[tuple[str, ...]]:
-    """Rows (question, answer of each backend or "the same", first token that differs) of `conversation.compare`."""
-    table = []
-    for row in rows:
-        first, *others = row.answers.values()
-        same = ("the same" if answer == first else answer for answer in others)
-        at = row.first_difference
-        where = "none" if at is None else f"{at}: " + " / ".join(row.pieces.values())
-        table.append((row.question, first, *same, where))
-    return table
+def settled_part(text: str) -> str:
+    """The start of a post-processed, unfinished text that no further token can change.
+
+    Not settled are trailing white space, which would be stripped at the end, punctuation that a Chinese character may
+    follow, a character whose last bytes are still to come, and the start of the date's placeholder.
+    """
+    while True:
+        shorter = text.rstrip().rstrip(_HALF_WIDTH + "\ufffd")
+        begun = next((k for k in range(len(DATE_MARK) - 1, 0, -1) if shorter.endswith(DATE_MARK[:k])), 0)
+        shorter = shorter[: len(shorter) - begun]
+        if shorter == text:
+            return text
+        text = shorter

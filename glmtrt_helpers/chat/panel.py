@@ -1,6 +1,6 @@
-"""The chat of notebook 06 as a panel of widgets: it streams, can be stopped, and shows how full the cache is.
+"""Notebook 06: the chat as a panel of widgets, which streams, can be stopped, and shows how full the cache is.
 
-An answer is made in a thread of its own, so that the stop button works while it grows; nothing else runs meanwhile.
+Each answer is generated in a thread, so that the stop button works meanwhile; there is one at a time.
 """
 
 from __future__ import annotations
@@ -30,79 +30,77 @@ WHERE = {"torch": "PyTorch on the CPU", "ort": "ONNX Runtime on the CPU", "tenso
 
 
 class ChatPanel:
-    """The widgets and the conversation behind them. `widget` is what a cell displays."""
+    """A conversation and its widgets. widget: what a cell displays. missing: why backends are not offered."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = "fp16", backend: str | None = None):
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.missing = backends.unavailable(checkpoint, dtype)
         self._sessions: dict[str, Session] = {}
-        self._talk: Chat | None = None
+        self._chat: Chat | None = None
         self._rounds: list[tuple[str, str]] = []
         self._worker: threading.Thread | None = None
         self._make_widgets(backend or backends.best_backend(checkpoint, dtype)[0])
-        self._greet()
+        self.widget = self._arrange()
+        self._connect()
+        self._introduce()
 
     def _make_widgets(self, backend: str) -> None:
-        wide = widgets.Layout(width="auto")
-        self.log = _classed(widgets.HTML(layout=wide), "glmtrt-log")
-        self.question = _classed(
-            widgets.Textarea(placeholder="Ask something · 问点什么", rows=2, layout=wide), "glmtrt-question"
-        )
-        self.send = _classed(widgets.Button(description="send", button_style="primary"), "glmtrt-send")
-        self.stop = _classed(widgets.Button(description="stop", disabled=True), "glmtrt-stop")
-        self.anew = _classed(
-            widgets.Button(description="new conversation", layout=widgets.Layout(flex="0 0 auto", width="150px")),
-            "glmtrt-new",
-        )
-        choices = [(WHERE[name], name) for name in backends.BACKENDS if name not in self.missing]
+        """The CSS classes are for styles, and for tests in a browser to find the widgets."""
+        layout, defaults = widgets.Layout, Sampling()
+        self.log = widgets.HTML(layout=layout(width="auto")).add_class("glmtrt-log")
+        self.question = widgets.Textarea(placeholder="Ask something · 问点什么", rows=2, layout=layout(width="auto"))
+        self.question.add_class("glmtrt-question")
+        self.send = widgets.Button(description="send", button_style="primary").add_class("glmtrt-send")
+        self.stop = widgets.Button(description="stop", disabled=True).add_class("glmtrt-stop")
+        self.new = widgets.Button(description="new conversation", layout=layout(flex="0 0 auto", width="150px"))
+        self.new.add_class("glmtrt-new")
+        options = [(WHERE[name], name) for name in backends.BACKENDS if name not in self.missing]
         self.backend = widgets.Dropdown(
-            options=choices, value=backend, description="backend", layout=widgets.Layout(width="300px")
-        )
-        _classed(self.backend, "glmtrt-backend")
-        self.greedy = _classed(
-            widgets.Checkbox(value=True, description="greedy", indent=False, layout=widgets.Layout(width="auto")),
-            "glmtrt-greedy",
-        )
-        defaults = Sampling()
+            options=options, value=backend, description="backend", layout=layout(width="300px")
+        ).add_class("glmtrt-backend")
+        self.greedy = widgets.Checkbox(value=True, description="greedy", indent=False, layout=layout(width="auto"))
+        self.greedy.add_class("glmtrt-greedy")
         self.temperature = _slider(widgets.FloatSlider, defaults.temperature, 0.05, 5.0, 0.05, "temperature")
         self.top_p = _slider(widgets.FloatSlider, defaults.top_p, 0.05, 1.0, 0.05, "top-p")
         self.top_k = _slider(widgets.IntSlider, defaults.top_k, 0, 200, 1, "top-k")
         self.pace = _slider(widgets.IntSlider, 0, 0, 300, 10, "pace")
-        self.pace.tooltip = "milliseconds to wait between tokens, to watch them come"
-        self.cache = widgets.IntProgress(min=0, max=self.checkpoint.max_length, layout=widgets.Layout(width="240px"))
-        self.cache_text = _classed(widgets.Label(), "glmtrt-cache")
-        self.status = _classed(widgets.HTML(), "glmtrt-status")
-        self.send.on_click(lambda _: self.ask(self.question.value))
-        self.stop.on_click(lambda _: self.cancel())
-        self.anew.on_click(lambda _: self.forget())
-        self.backend.observe(lambda _: self._greet(), "value")
+        self.pace.tooltip = "milliseconds to wait after each token, to watch them arrive"
+        self.cache = widgets.IntProgress(min=0, max=self.checkpoint.max_length, layout=layout(width="240px"))
+        self.cache_text = widgets.Label().add_class("glmtrt-cache")
+        self.status = widgets.HTML().add_class("glmtrt-status")
+
+    def _arrange(self) -> Any:
+        buttons = [self.send, self.stop, self.new, self.backend, self.greedy]
         rows = [
             widgets.HTML(STYLE),
             self.log,
             self.question,
-            widgets.HBox(
-                [self.send, self.stop, self.anew, self.backend, self.greedy],
-                layout=widgets.Layout(flex_flow="row wrap"),
-            ),
+            widgets.HBox(buttons, layout=widgets.Layout(flex_flow="row wrap")),
             widgets.HBox([self.temperature, self.top_p]),
             widgets.HBox([self.top_k, self.pace]),
             widgets.HBox([self.cache, self.cache_text]),
             self.status,
         ]
-        self.widget = _classed(widgets.VBox(rows, layout=widgets.Layout(max_width="860px")), "glmtrt-panel")
+        return widgets.VBox(rows, layout=widgets.Layout(max_width="860px")).add_class("glmtrt-panel")
 
-    def _greet(self) -> None:
-        """Say on what it will answer, and why on nothing faster."""
+    def _connect(self) -> None:
+        self.send.on_click(lambda _: self.ask(self.question.value))
+        self.stop.on_click(lambda _: self.cancel())
+        self.new.on_click(lambda _: self.start_over())
+        self.backend.observe(lambda _: self._introduce(), "value")
+
+    def _introduce(self) -> None:
+        """Show which backend will answer, and why TensorRT does not."""
         text = f"Answers come from {WHERE[self.backend.value]}."
         if self.checkpoint.is_random:
-            text += " Its weights are random, for measuring: what it says means nothing."
+            text += " Its weights are random, for measuring: its answers mean nothing."
         if "tensorrt" in self.missing:
             text += f" Not from TensorRT: {self.missing['tensorrt']}"
-        self._say(text)
+        self._set_status(text)
         self._show()
 
-    def _say(self, text: str) -> None:
+    def _set_status(self, text: str) -> None:
         self.status.value = html.escape(text)
 
     @property
@@ -110,14 +108,14 @@ class ChatPanel:
         return Sampling(self.greedy.value, self.temperature.value, self.top_k.value, self.top_p.value)
 
     def session(self, backend: str) -> Session:
-        """The session of a backend, opened at its first use."""
+        """The session of a backend, opened when it is first used."""
         if backend not in self._sessions:
-            self._say(f"opening {WHERE[backend]} …")
+            self._set_status(f"opening {WHERE[backend]} …")
             self._sessions[backend] = backends.open_session(self.checkpoint, backend, self.dtype)
         return self._sessions[backend]
 
     def ask(self, question: str) -> None:
-        """Answer in a thread; returns at once. A question while an answer runs, and an empty one, do nothing."""
+        """Answer in a thread; returns at once. An empty question does nothing, nor does one while an answer runs."""
         if not question.strip() or (self._worker and self._worker.is_alive()):
             return
         self.question.value = ""
@@ -126,43 +124,44 @@ class ChatPanel:
         self._worker.start()
 
     def cancel(self) -> None:
-        """Stop the running answer after its current token; what has come stays in the conversation."""
-        if self._talk:
-            self._talk.cancel()
+        """Stop the running answer after its current token; what there is of it stays in the conversation."""
+        if self._chat:
+            self._chat.cancel()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the running answer has ended."""
+        """Wait until the running answer has ended."""
         if self._worker:
             self._worker.join(timeout)
 
     def _answer(self, question: str) -> None:
         try:
             session = self.session(self.backend.value)
-            if self._talk is None or self._talk.session is not session:
-                history = self._talk.history if self._talk else []
-                self._talk = Chat(self.checkpoint, session, self.sampling, drop_oldest=True)
-                self._talk.history = history
-            self._talk.set_sampling(self.sampling)
-            self.cache.max = self._talk.limit
+            if self._chat is None or self._chat.session is not session:
+                history = self._chat.history if self._chat else []
+                self._chat = Chat(self.checkpoint, session, self.sampling, drop_oldest=True)
+                self._chat.history = history
+            self._chat.set_sampling(self.sampling)
+            self.cache.max = self._chat.limit
             self._rounds.append((question, ""))
-            for reply in self._talk.stream(question):
+            for reply in self._chat.stream(question):
                 self._rounds[-1] = (question, reply.text)
                 self._show(reply)
                 if self.pace.value and not reply.ended:
                     time.sleep(self.pace.value / 1000)
         except WorkbookError as error:
-            self._say(str(error))
-        except Exception as error:  # a thread's error would be printed where nobody looks
-            self._say(f"{type(error).__name__}: {error}")
+            self._set_status(str(error))
+        except Exception as error:  # in a thread it would be printed where nobody looks
+            self._set_status(f"{type(error).__name__}: {error}")
         finally:
             self.send.disabled, self.stop.disabled, self.backend.disabled = False, True, False
 
     def _show(self, reply: Reply | None = None) -> None:
-        rounds = "".join(
-            f'<div class="glmtrt-user">{html.escape(q)}</div><div class="glmtrt-answer">{html.escape(_whole(a))}</div>'
-            for q, a in self._rounds
-        )
-        self.log.value = rounds or "<i>No question yet.</i>"
+        bubbles = [
+            f'<div class="glmtrt-{who}">{html.escape(text)}</div>'
+            for question, answer in self._rounds
+            for who, text in (("user", question), ("answer", _complete(answer)))
+        ]
+        self.log.value = "".join(bubbles) or "<i>No question yet.</i>"
         if reply is None:
             self.cache.value, self.cache_text.value = 0, f"cache: 0 of {self.cache.max} tokens"
             return
@@ -176,31 +175,25 @@ class ChatPanel:
         if reply.dropped:
             parts.append(f"{reply.dropped} oldest rounds dropped")
         endings = {"": "…", "eop": "done", "length": "cut at the limit", "stopped": "stopped"}
-        self._say(" · ".join([*parts, endings[reply.ended]]))
+        self._set_status(" · ".join([*parts, endings[reply.ended]]))
 
-    def forget(self) -> None:
-        """Begin a new conversation; a running answer is stopped first."""
+    def start_over(self) -> None:
+        """Start a new conversation; a running answer is stopped first."""
         self.cancel()
         self.wait()
-        if self._talk:
-            self._talk.history = []
+        if self._chat:
+            self._chat.history = []
         self._rounds = []
-        self._greet()
+        self._introduce()
 
 
-def _whole(text: str) -> str:
-    """Without the marks of a character whose last bytes have not come yet."""
+def _complete(text: str) -> str:
+    """The text without a last character that lacks bytes."""
     return text.rstrip("\ufffd")
 
 
-def _classed(widget: Any, name: str) -> Any:
-    widget.add_class(name)
-    return widget
-
-
 def _slider(kind: Any, value: float, low: float, high: float, step: float, name: str) -> Any:
-    slider = kind(
-        value=value, min=low, max=high, step=step, description=name, continuous_update=False,
-        style={"description_width": "90px"}, layout=widgets.Layout(width="400px"),
-    )  # fmt: skip
-    return _classed(slider, f"glmtrt-{name}")
+    layout, style = widgets.Layout(width="400px"), {"description_width": "90px"}
+    numbers = {"value": value, "min": low, "max": high, "step": step}
+    slider = kind(**numbers, description=name, continuous_update=False, layout=layout, style=style)
+    return slider.add_class(f"glmtrt-{name}")

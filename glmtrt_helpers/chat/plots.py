@@ -1,10 +1,11 @@
-"""TODO."""
+"""Notebook 06: token probabilities before and after sampling settings, the length of rounds, and sliders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ipywidgets
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -13,12 +14,12 @@ from glmtrt_helpers.core.display import ALARM, DECODE, PREFILL
 from glmtrt_helpers.inputs.plots import _label
 
 
-def draw_choice(pieces: Sequence[str], plain: Sequence[float], kept: Sequence[float], title: str) -> Figure:
-    """Probabilities of the best tokens before (pale) and after temperature, top_k and top_p."""
+def draw_choice(pieces: Sequence[str], before: Sequence[float], after: Sequence[float], title: str) -> Figure:
+    """Probabilities of the likeliest tokens before and after temperature, top_k and top_p."""
     figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
     x = np.arange(len(pieces))
-    axis.bar(x - 0.2, plain, width=0.4, color="#d9d9d9", label="softmax of the scores")
-    axis.bar(x + 0.2, kept, width=0.4, color=PREFILL, label="what is drawn from")
+    axis.bar(x - 0.2, before, width=0.4, color="#d9d9d9", label="softmax of the scores")
+    axis.bar(x + 0.2, after, width=0.4, color=PREFILL, label="after temperature, top_k, top_p")
     axis.set_xticks(x, [_label(piece) for piece in pieces])
     axis.set_ylabel("probability")
     axis.set_title(title, loc="left")
@@ -28,9 +29,9 @@ def draw_choice(pieces: Sequence[str], plain: Sequence[float], kept: Sequence[fl
 
 
 def draw_rounds(prompts: Sequence[int], answers: Sequence[int], limit: int) -> Figure:
-    """Tokens of prompt and answer, round by round, below the limit of the context."""
+    """Tokens of prompt and answer, round by round, against the context limit."""
     figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
-    axis.bar(range(len(prompts)), prompts, color=PREFILL, label="prompt, all rounds before told again")
+    axis.bar(range(len(prompts)), prompts, color=PREFILL, label="prompt, with all earlier rounds")
     axis.bar(range(len(prompts)), answers, bottom=prompts, color=DECODE, label="answer")
     axis.axhline(limit, color=ALARM, linestyle="--", label=f"limit, {limit}")
     axis.set_xlabel("round")
@@ -40,11 +41,9 @@ def draw_rounds(prompts: Sequence[int], answers: Sequence[int], limit: int) -> F
     return figure
 
 
-def turn(draw: Callable[..., Any], **choices: Any) -> Any:
-    """A widget that calls `draw` with what the reader chooses; the notebook shows a static picture before it."""
-    import ipywidgets
-
-    made = ipywidgets.interactive(draw, {"auto_display": True}, **choices)
-    for widget in made.children[:-1]:
+def interact(draw: Callable[..., Any], **choices: Any) -> Any:
+    """Sliders and menus whose values `draw` is called with; choices as `ipywidgets.interactive` takes them."""
+    panel = ipywidgets.interactive(draw, {"auto_display": True}, **choices)
+    for widget in panel.children[:-1]:
         widget.style.description_width = "initial"  # a long name would be cut
-    return made
+    return panel

@@ -1,7 +1,7 @@
-"""From scores to the next token: greedy or sampled, as the model's own `chat` does it by default.
+"""Notebook 06: from scores to the next token, greedy or sampled as the model's own `chat` does by default.
 
-Upstream hands its processors to the generation loop of transformers; here they are NumPy, in the same order: the guard
-against scores that are not finite, temperature, top_k, top_p, and a draw.
+Upstream hands its logits processors to the generation loop of transformers; here they are NumPy, in the same order: the
+guard against scores that are not finite, temperature, top_k, top_p, and a draw.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ GUARD_SCORE = 5e4
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The defaults are those of the model's `chat`; top_k is the library's of its time.
+    """How tokens are selected. The defaults are those of the model's `chat`, and for top_k those of transformers then.
 
-    temperature: above 0; scores are divided by it. top_k: so many best tokens stay, 0 keeps all. top_p: of these, the
-    fewest that together reach this probability. seed: None draws differently each time.
+    temperature: above 0; scores are divided by it. top_k: keep the k most likely tokens, 0 keeps all. top_p: of these,
+    keep the fewest whose probability reaches it. seed: None draws differently each time.
     """
 
     greedy: bool = False
@@ -32,14 +32,14 @@ class Sampling:
             raise WorkbookError(f"temperature {self.temperature} cannot divide scores: take one above 0, or greedy.")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise WorkbookError(
-                f"top_p {self.top_p}, top_k {self.top_k}: top_p is above 0 and at most 1, top_k not below 0."
+                f"top_p {self.top_p}, top_k {self.top_k}: top_p must be above 0 and at most 1, top_k at least 0."
             )
 
 
 class Sampler:
-    """Chooses tokens for a whole batch; holds the random state of one answer after the other.
+    """Selects the next token of every row; its random state carries over from answer to answer.
 
-    blank_id: what the guard chooses, `Tokenizer.blank_id`.
+    blank_id: the token that the guard selects, `Tokenizer.blank_id`.
     """
 
     def __init__(self, sampling: Sampling, blank_id: int):
@@ -49,7 +49,7 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Always the best token: a session that chooses it by itself may go on without asking."""
+        """Whether it always selects the most likely token: then a session may decode on without asking."""
         return self.sampling.greedy
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
@@ -58,14 +58,14 @@ class Sampler:
         if self.sampling.greedy:
             return scores.argmax(axis=-1)
         probabilities = warp(scores, self.sampling)
-        # The first token at which the running sum passes a uniform number; the sum may end a rounding error below 1.
+        # The first token whose running sum exceeds a uniform number; the sum may end a rounding error below 1.
         sums = probabilities.cumsum(axis=-1)
         drawn = self._random.random((len(scores), 1)) * sums[:, -1:]
         return (sums > drawn).argmax(axis=-1)
 
 
 def guard(scores: np.ndarray, blank_id: int) -> np.ndarray:
-    """If any score of the batch is NaN or infinite, all become 0 and the blank's 50000, as upstream does."""
+    """If any score of the batch is NaN or infinite, set all to 0 and the blank's to 50000, as upstream does."""
     if np.isfinite(scores).all():
         return scores
     safe = np.zeros_like(scores)
@@ -74,18 +74,18 @@ def guard(scores: np.ndarray, blank_id: int) -> np.ndarray:
 
 
 def warp(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities (batch, vocabulary) after temperature, top_k and top_p; what is cut has none."""
+    """Probabilities (batch, vocabulary) after temperature, top_k and top_p, 0 for tokens that these remove."""
     scores = scores.astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         smallest_kept = np.partition(scores, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
         scores = np.where(scores < smallest_kept, -np.inf, scores)
     if sampling.top_p < 1:
-        order = scores.argsort(axis=-1, kind="stable")  # worst first, so that the sum is of what would be cut
+        order = scores.argsort(axis=-1, kind="stable")  # ascending, so that the sums are of what would be removed
         tail = softmax(np.take_along_axis(scores, order, axis=-1)).cumsum(axis=-1)
-        cut = tail <= 1 - sampling.top_p
-        cut[:, -1] = False  # the best stays
-        mask = np.empty_like(cut)
-        np.put_along_axis(mask, order, cut, axis=-1)
+        removed = tail <= 1 - sampling.top_p
+        removed[:, -1] = False  # the most likely token always stays
+        mask = np.empty_like(removed)
+        np.put_along_axis(mask, order, removed, axis=-1)
         scores = np.where(mask, -np.inf, scores)
     return softmax(scores)
 

@@ -1,4 +1,4 @@
-"""Notebook 00: what a checkpoint holds, and how its model and tokenizer are loaded."""
+"""Notebook 00: what a checkpoint holds, and how its model and its tokenizer are loaded."""
 
 import lazy_loader
 

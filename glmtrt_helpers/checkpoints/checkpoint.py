@@ -1,7 +1,7 @@
-"""Notebook 00: open a ChatGLM-6B checkpoint, check it before anything runs, and load it.
+"""Open a ChatGLM-6B checkpoint and check it before anything runs.
 
 A checkpoint is a directory: `config.json`, the remote code, `ice_text.model` and weight shards. `open_checkpoint` reads
-configuration and shard headers only; `load_model` runs the remote code, which stays in that directory.
+configuration and shard headers only; `loading` reads weights and runs the remote code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 
 CODE_NAME = "modeling_chatglm.py"
 BACKUP_NAME = CODE_NAME + ".orig"
-# Above this many bytes of weights, fp32 on a laptop goes layer by layer.
+# With more bytes of weights than this, a laptop cannot hold the model in fp32: it is streamed or run in slices.
 LARGE_BYTES = 2_000_000_000
 
 
@@ -69,11 +69,12 @@ class Checkpoint:
         return int(self.config.get("max_sequence_length", 2048))
 
     def first_layers(self, count: int) -> Checkpoint:
-        """The same checkpoint as a model of only its first layers: to compare at full width without full memory."""
+        """The same checkpoint as a model of its first layers only: to compare at full width with less memory."""
         return replace(self, config={**self.config, "num_layers": min(count, self.num_layers)})
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
@@ -82,7 +83,7 @@ class Checkpoint:
 
     @property
     def is_random(self) -> bool:
-        """Written by `glmtrt standin --size`: good for measuring, and what it says means nothing."""
+        """Whether `glmtrt standin --size` wrote it: good for measuring, but its answers mean nothing."""
         return bool(self.config.get(RANDOM_KEY))
 
     @property
@@ -93,8 +94,9 @@ class Checkpoint:
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Check a directory and describe it. Reads no weights and runs no code.
 
-    Raises WorkbookError, naming the file, for: no such directory, a missing or broken file, another model family, a
-    quantised or P-tuned checkpoint, an absent or truncated shard, an absent tensor, a tensor of the wrong shape.
+    Raises WorkbookError, naming the file, for a directory or file that is missing or damaged, another model family, a
+    quantised or P-tuned checkpoint, a missing or truncated shard, a missing tensor, and a tensor of the wrong shape or
+    dtype.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -124,23 +126,23 @@ def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
         if tensors[name].dtype not in shards.FLOATS:
             raise WorkbookError(
                 f"{tensors[name].file}: {name!r} is {tensors[name].dtype}, and a weight of this model is one of "
-                f"{', '.join(shards.FLOATS)}: download that shard again, or take a checkpoint that is not quantised."
+                f"{', '.join(shards.FLOATS)}: download that shard again, or use a checkpoint that is not quantised."
             )
 
 
 def shares_vocabulary(checkpoint: Checkpoint) -> bool:
-    """Whether lm_head equals the embedding, as upstream stores it: TensorRT keeps equal ones once. Reads 64 samples."""
+    """Whether lm_head equals the embedding, as in upstream's checkpoint: TensorRT keeps one copy. Reads 64 samples."""
     first, second = (checkpoint.tensors[f"{name}.weight"] for name in ("transformer.word_embeddings", "lm_head"))
     if first.offset is None or second.offset is None or first.dtype != second.dtype:
         return False
     try:
         with first.file.open("rb") as one, second.file.open("rb") as other:
             for part in range(64):
-                place = first.nbytes * part // 64
-                one.seek(first.offset + place)
-                other.seek(second.offset + place)
+                position = first.nbytes * part // 64
+                one.seek(first.offset + position)
+                other.seek(second.offset + position)
                 if one.read(4096) != other.read(4096):
                     return False
     except FileNotFoundError as error:
-        raise WorkbookError(f"{error.filename} was there a moment ago and is gone: put the shard back.") from error
+        raise WorkbookError(f"{error.filename} was removed while it was being read: put the shard back.") from error
     return True

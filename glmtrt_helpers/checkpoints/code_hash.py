@@ -1,4 +1,4 @@
-"""TODO."""
+"""Remote code that is about to run: said once, with the hash by which it can be told from another revision."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _announced: set[str] = set()
 
 
 def code_sha256(path: Path) -> str:
-    """SHA-256 of a source file, as `announce` prints it."""
+    """SHA-256 of a source file; `announce` prints how it begins."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def announce(source: Path) -> None:
-    """Say, once for each text, that remote code is about to run, where it lies and what its hash is."""
+    """Print, once for each text, that remote code is about to run, where it is and what its hash is."""
     sha256 = code_sha256(source)
     if sha256 not in _announced:
         _announced.add(sha256)

@@ -13,7 +13,7 @@ RANDOM_KEY = "glmtrt_random"  # in the config.json of a checkpoint of random wei
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a ChatGLM-6B, older spellings completed; raises WorkbookError for any other model."""
+    """The fields of a ChatGLM-6B, completed where it is an old one; raises WorkbookError for any other model."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,7 +39,7 @@ def _check_family(path: Path, config: dict[str, Any]) -> None:
         )
     if any(key in config for key in ("multi_query_attention", "padded_vocab_size", "kv_channels")):
         raise WorkbookError(
-            f"{path} describes ChatGLM2, ChatGLM3 or GLM-4 (it has rotary, multi-query attention): this workbook reads "
+            f"{path} describes ChatGLM2, ChatGLM3 or GLM-4 (found: rotary, multi-query attention): this workbook reads "
             "the first generation only, THUDM/chatglm-6b."
         )
     if any(key in config for key in ("vision_config", "image_length", "eva_config", "qformer_config")):

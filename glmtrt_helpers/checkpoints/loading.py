@@ -1,4 +1,4 @@
-"""Run a model that does not fit into memory: each part gets its weights when it is called, and gives them back."""
+"""Load the model of a checkpoint: whole, on the meta device, or streamed where it does not fit into memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from glmtrt_helpers.checkpoints import remote_code, shards
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.precisions import PRECISIONS
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.name) for name, dtype in PRECISIONS.items()}
 
 
 def load_model(
@@ -26,28 +30,25 @@ def load_model(
     code: another source than the checkpoint's `modeling_chatglm.py`.
     meta: no weights are read, parameters are on the meta device.
     inv_freq is computed, as upstream does it: rounded to fp16, then cast to dtype.
+    Raises WorkbookError for remote code that cannot be imported or does not fit the weights.
     """
-    import torch
-
     dtype = dtype or torch.float32
     source = code or checkpoint.code
     announce(source)
     model, _ = remote_code.build_model(checkpoint.directory, source, checkpoint.config, dtype)
     if not meta:
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        unknown = sorted(set(wanted) - set(checkpoint.tensors))
+        names = [name for name, _ in model.named_parameters()]
+        unknown = sorted(set(names) - set(checkpoint.tensors))
         if unknown:
             raise WorkbookError(
                 f"{source} has a parameter {unknown[0]!r} that no shard holds: source and weights differ in kind."
             )
-        model.load_state_dict(read_tensors(checkpoint, list(wanted), dtype), strict=False, assign=True)
+        model.load_state_dict(read_tensors(checkpoint, names, dtype), strict=False, assign=True)
     return model.eval()
 
 
 def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The named weights as dtype; one that is stored so is a view of the mapped file, not a copy."""
-    from safetensors import safe_open
-
+    """The named weights in dtype; one that is stored in dtype is a view of the mapped file, not a copy."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted({checkpoint.tensors[name].file for name in names}):
         mine = [name for name in names if checkpoint.tensors[name].file == file]
@@ -60,19 +61,17 @@ def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -
     return tensors
 
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-
-
 def load_streamed(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
-    """`loading.load_model` that holds one layer at a time, or one vocabulary matrix, in dtype.
+    """`load_model`, but a layer or a vocabulary matrix is read when it is called and freed after it.
 
-    Every call reads all weights: for comparing, not for chatting. Results are those of the whole model.
+    Every call of the model reads all weights: for comparing, not for chatting. Results are those of the whole model.
     """
     model = load_model(checkpoint, dtype, meta=True, **options)
     layers = [name for name, _ in model.named_modules() if _is_layer(name)]
     outside = {
-        name.rpartition(".")[0] for name, _ in model.named_parameters() if not any(_within(name, at) for at in layers)
+        name.rpartition(".")[0]
+        for name, _ in model.named_parameters()
+        if not any(name.startswith(layer + ".") for layer in layers)
     }
     for name in (*layers, *sorted(outside)):
         _stream(model.get_submodule(name), name, checkpoint, dtype)
@@ -80,7 +79,7 @@ def load_streamed(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) ->
 
 
 def load_bounded(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
-    """The model in memory that a laptop has: fp16 weights are mapped as stored, a large model in fp32 is streamed."""
+    """The model within a laptop's memory: a large one is streamed in fp32; in fp16 its weights stay mapped."""
     load = load_streamed if checkpoint.is_large and dtype == torch.float32 else load_model
     return load(checkpoint, dtype, **options)
 
@@ -90,20 +89,16 @@ def _is_layer(name: str) -> bool:
     return number.isdigit() and parent.endswith("layers")
 
 
-def _within(parameter: str, module: str) -> bool:
-    return parameter.startswith(module + ".")
-
-
 def _stream(module: torch.nn.Module, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     own = [parameter for parameter, _ in module.named_parameters()]
 
-    def fill(*_: Any) -> None:
-        read = read_tensors(checkpoint, [f"{name}.{parameter}" for parameter in own], dtype)
-        module.load_state_dict({p: read[f"{name}.{p}"] for p in own}, strict=False, assign=True)
+    def read(*_: Any) -> None:
+        tensors = read_tensors(checkpoint, [f"{name}.{parameter}" for parameter in own], dtype)
+        module.load_state_dict({p: tensors[f"{name}.{p}"] for p in own}, strict=False, assign=True)
 
-    def empty(*_: Any) -> None:
-        nothing = {parameter: tensor.to("meta") for parameter, tensor in module.named_parameters()}
-        module.load_state_dict(nothing, strict=False, assign=True)
+    def free(*_: Any) -> None:
+        empty = {parameter: tensor.to("meta") for parameter, tensor in module.named_parameters()}
+        module.load_state_dict(empty, strict=False, assign=True)
 
-    module.register_forward_pre_hook(fill)
-    module.register_forward_hook(empty, always_call=True)
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(free, always_call=True)

@@ -1,7 +1,7 @@
-"""What has to be mended so that remote code of 2023 loads and runs on transformers 5 and torch 2.13.
+"""Run remote code of 2023 on transformers 5 and torch 2.13: the shims that it needs, and the model built with them.
 
-Each mend names what it repairs. Generation is not mended: upstream's `chat` and `generate` lean on internals that
-transformers has since removed, so the workbook drives `forward` itself (`glmtrt_helpers/runtime.py`).
+Generation is not shimmed: upstream's `chat` and `generate` use internals that transformers has removed since, so the
+workbook calls `forward` itself (`sessions.decode_loop`).
 """
 
 import importlib.machinery
@@ -25,11 +25,11 @@ MODEL_CLASS = "ChatGLMForConditionalGeneration"
 
 @dataclass(frozen=True)
 class Shim:
-    """One repair: what breaks without it, and what was done."""
+    """One repair: what breaks without it, and how it is fixed."""
 
     name: str
     breaks: str
-    done: str
+    fix: str
 
 
 SHIMS = (
@@ -40,18 +40,18 @@ SHIMS = (
     ),
     Shim(
         "inv_freq",
-        "a checkpoint without rotary_emb.inv_freq would leave garbage there, and upstream ignores the stored one",
+        "a checkpoint without rotary_emb.inv_freq would leave it uninitialised, and upstream ignores a stored one",
         "computed: 10000^(-2j/d) rounded to fp16",
     ),
     Shim(
         "num_hidden_layers",
-        "transformers 5 asks the configuration for num_hidden_layers, upstream calls it num_layers",
+        "transformers 5 reads num_hidden_layers from the configuration, upstream calls it num_layers",
         "set on the configuration",
     ),
     Shim(
         "all_tied_weights_keys",
         "upstream never calls post_init, so attributes that transformers 5 sets there are missing",
-        "set to an empty mapping: lm_head and word_embeddings are stored apart",
+        "set to an empty mapping: lm_head and word_embeddings are stored separately",
     ),
     Shim(
         "absolute imports",
@@ -69,29 +69,49 @@ SHIMS = (
         "a no-op inside the remote module where torch sees no GPU",
     ),
 )
-_SHIM = {mend.name: mend for mend in SHIMS}
 
 
 def build_model(
     directory: Path, source: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[torch.nn.Module, list[Shim]]:
-    """Build the model on the meta device from local source files; returns it with the mends that were needed."""
-    module = import_remote_code(directory, source)
-    applied = [_SHIM["skip_init"], _SHIM["GenerationMixin"]]
-    module.skip_init = lambda cls, *args, **kwargs: cls(*args, **kwargs)  # type: ignore[attr-defined]
-    if re.search(
-        r"^from (configuration_chatglm|quantization) import", source.read_text(encoding="utf-8"), re.MULTILINE
-    ):
-        applied.append(_SHIM["absolute imports"])
-    if not torch.cuda.is_available() and "cuda.synchronize" in source.read_text(encoding="utf-8"):
-        module.torch = _TorchWithoutSynchronize()  # type: ignore[attr-defined]
-        applied.append(_SHIM["cuda.synchronize"])
+    """Build the model on the meta device from local source files; returns it with the shims that were needed.
 
-    configuration_class = getattr(module, "ChatGLMConfig", None)
-    model_class = getattr(module, MODEL_CLASS, None)
-    if configuration_class is None or model_class is None:
+    Raises WorkbookError for source that cannot be imported and for source of another model.
+    """
+    module: Any = import_remote_code(directory, source)
+    _check_source(module, source, dtype)
+    applied = ["skip_init", "GenerationMixin", "inv_freq"]
+    module.skip_init = lambda cls, *args, **kwargs: cls(*args, **kwargs)
+    code = source.read_text(encoding="utf-8")
+    if re.search(r"^from (configuration_chatglm|quantization) import", code, re.MULTILINE):
+        applied.append("absolute imports")
+    if not torch.cuda.is_available() and "cuda.synchronize" in code:
+        module.torch = _TorchWithoutSynchronize()
+        applied.append("cuda.synchronize")
+    configuration = module.ChatGLMConfig(**{k: v for k, v in config.items() if k != "transformers_version"})
+    if not hasattr(configuration, "num_hidden_layers"):
+        configuration.num_hidden_layers = configuration.num_layers
+        applied.append("num_hidden_layers")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            model = getattr(module, MODEL_CLASS)(configuration)
+    finally:
+        logging.set_verbosity(verbosity)
+    if not hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+        applied.append("all_tied_weights_keys")
+    model.to(dtype)  # on the meta device this costs nothing; parameters that upstream makes half become dtype
+    _compute_inv_freq(model, dtype)
+    return model, [shim for shim in SHIMS if shim.name in applied]
+
+
+def _check_source(module: Any, source: Path, dtype: torch.dtype) -> None:
+    if not (hasattr(module, "ChatGLMConfig") and hasattr(module, MODEL_CLASS)):
         raise WorkbookError(f"{source} defines no {MODEL_CLASS}: it is not the remote code of ChatGLM-6B.")
-    if "full_attention_mask" in inspect.signature(getattr(module, "ChatGLMModel", model_class).forward).parameters:
+    inner_model = getattr(module, "ChatGLMModel", getattr(module, MODEL_CLASS))
+    if "full_attention_mask" in inspect.signature(inner_model.forward).parameters:
         raise WorkbookError(
             f"{source} takes a full_attention_mask, and an attention_mask of the opposite meaning (VisualGLM, ChatGLM2 "
             "and some branches): take modeling_chatglm.py from the main branch of THUDM/chatglm-6b."
@@ -102,24 +122,6 @@ def build_model(
             f"{source} casts attention probabilities with .half(), as the first upload of March 2023 did, so it runs "
             "in fp16 only and cannot be verified: take a later modeling_chatglm.py."
         )
-    configuration = configuration_class(**{k: v for k, v in config.items() if k not in ("transformers_version",)})
-    if not hasattr(configuration, "num_hidden_layers"):
-        configuration.num_hidden_layers = configuration.num_layers
-        applied.append(_SHIM["num_hidden_layers"])
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.device("meta"):
-            model = model_class(configuration)
-    finally:
-        logging.set_verbosity(verbosity)
-    if not hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
-        applied.append(_SHIM["all_tied_weights_keys"])
-    model.to(dtype)  # on the meta device this costs nothing; parameters that upstream makes half become dtype
-    _compute_inv_freq(model, dtype)
-    applied.append(_SHIM["inv_freq"])
-    return model, applied
 
 
 def import_remote_code(directory: Path, source: Path) -> ModuleType:
@@ -154,17 +156,18 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     return module
 
 
+def inv_freq(rotary: int) -> torch.Tensor:
+    """What upstream stores for one layer, (rotary / 2,) fp16; rotary: the half of a head that one position rotates."""
+    return (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()
+
+
 def _compute_inv_freq(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         stored = getattr(module, "inv_freq", None)
-        if not isinstance(stored, torch.Tensor):
-            continue
-        dim = 2 * stored.numel()
-        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half().to(dtype)
         if isinstance(stored, torch.nn.Parameter):
-            module.inv_freq = torch.nn.Parameter(inv_freq, requires_grad=False)
-        else:
-            module.inv_freq = inv_freq
+            module.inv_freq = torch.nn.Parameter(inv_freq(2 * stored.numel()).to(dtype), requires_grad=False)
+        elif isinstance(stored, torch.Tensor):
+            module.inv_freq = inv_freq(2 * stored.numel()).to(dtype)
 
 
 class _TorchWithoutSynchronize:
@@ -178,8 +181,3 @@ class _TorchWithoutSynchronize:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
-
-
-def inv_freq(rotary: int) -> torch.Tensor:
-    """What upstream stores for one layer, fp16 (rotary / 2,); rotary: the half of a head that one position turns."""
-    return (1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)).half()

@@ -1,8 +1,9 @@
-"""Where the bytes of each weight lie: shard indexes and headers, read without reading a weight."""
+"""Weight shards: where the bytes of each weight are, read from indexes and headers alone; `.bin` made safetensors."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,15 @@ _LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-# Bytes of an element, by every name that safetensors has for whole bytes.
+# Bytes of an element, for every dtype of safetensors that has whole bytes.
 _WIDTHS = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-FLOATS = ("F16", "BF16", "F32")
-_BIN_DTYPES = {"torch.float16": "F16", "torch.float32": "F32", "torch.bfloat16": "BF16"}
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+_BIN_DTYPES = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32"}
+FLOATS = tuple(_BIN_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -109,18 +112,14 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
 def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
-    elements = 1
-    for size in shape:
-        elements *= size
-    width = _WIDTHS[entry["dtype"]]
-    if elements * width != end - begin:
+    if math.prod(shape) * _WIDTHS[entry["dtype"]] != end - begin:
         raise ValueError(f"{end - begin} bytes for {shape} of {entry['dtype']}")
     return StoredTensor(file, entry["dtype"], shape, data_start + begin, end - begin)
 
 
 def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
-    """A `.bin` shard, read weights-only (no pickled code runs) and mapped, not held."""
-    import torch
+    """A `.bin` shard, read weights-only (no pickled code runs) and mapped into memory, not copied."""
+    import torch  # safetensors headers are read without it
 
     try:
         if shapes_only:
@@ -148,7 +147,7 @@ def to_safetensors(directory: str | Path, progress: Callable[[str], None] = lamb
     """Stream the `.bin` shards of a checkpoint into safetensors beside them, one tensor at a time.
 
     A shard that is already whole is kept, so a killed run goes on where it stopped; the index is written last, and only
-    then does the checkpoint count as safetensors. Adds the size of the weights on disk, no memory.
+    then is the checkpoint read as safetensors. It takes the size of the weights on the disk again, and no memory.
     """
     directory = Path(directory)
     stored = locate_tensors(directory)
@@ -170,22 +169,22 @@ def _is_whole(target: Path, expected: Mapping[str, StoredTensor]) -> bool:
     if not target.exists():
         return False
     try:
-        found = read_header(target)
+        actual = read_header(target)
     except WorkbookError:
         return False
-    return {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    return {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
 
 
 def _stream_shard(
     state: Mapping[str, torch.Tensor], names: list[str], stored: Mapping[str, StoredTensor], target: Path
 ) -> None:
-    """Write one shard tensor by tensor, which the library cannot."""
-    import torch
+    """Write one shard tensor by tensor; safetensors itself would hold them all."""
+    import torch  # as above
 
     for name in names:
-        if stored[name].dtype not in _BIN_DTYPES.values():
+        if stored[name].dtype not in FLOATS:
             raise WorkbookError(
-                f"{stored[name].file}: {name!r} is {stored[name].dtype}, only fp16, bf16 and fp32 are exported."
+                f"{stored[name].file}: {name!r} is {stored[name].dtype}, only fp16, bf16 and fp32 are converted."
             )
     header = safetensors_header({name: (stored[name].dtype, stored[name].shape, stored[name].nbytes) for name in names})
     with replacing(target) as temporary, temporary.open("wb") as stream:
@@ -195,7 +194,7 @@ def _stream_shard(
 
 
 def safetensors_header(entries: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
-    """How a shard begins: 8 bytes of length and JSON. entries: dtype, shape and bytes of each tensor, in order."""
+    """The header of a shard: 8 bytes of length, then JSON. entries: dtype, shape and bytes of each tensor, in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape, nbytes) in entries.items():

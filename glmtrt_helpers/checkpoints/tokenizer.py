@@ -1,7 +1,7 @@
 """A tokenizer over `ice_text.model` that follows the checkpoint's rules and nothing else.
 
-Text becomes pieces as upstream does it: a line break, a tab and every run of 2 to 80 spaces is one piece, the rest is
-sentencepiece with byte fallback. A prompt ends in [gMASK] and <sop>. The class stands alone, so the order of
+Text becomes the same pieces as upstream: a line break, a tab and every run of 2 to 80 spaces is one piece, the rest is
+sentencepiece with byte fallback. A prompt ends in [gMASK] and <sop>. The class has no base class, so the order of
 initialisation that breaks upstream's tokenizer on transformers 4.34 and later cannot occur.
 """
 
@@ -15,34 +15,21 @@ from sentencepiece import sentencepiece_model_pb2
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The workbook's tokenizer over the checkpoint's `ice_text.model`, in the ids of its configuration."""
-    return Tokenizer(checkpoint.directory / "ice_text.model", int(checkpoint.config["gmask_token_id"]))
-
-
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-MAX_BLANK = 80
 PAD_ID = 3
 NEWLINE_ID = 4
 BLANK_ID = 5  # "▁", what upstream falls back to where its scores are not finite
-# Before the vocabulary was slimmed, so many image tokens came first.
+# Until 6 April 2023 the ids began with this many image tokens.
 IMAGE_TOKENS = 20000
-# Inside the tokenizer white space is spelt with private characters, one for each piece. Spelt as upstream spells it
-# ("<n>", "<|tab|>"), the same words typed by a user would turn into white space.
-_PRIVATE = 0x10F800
-_NEWLINE, _TAB = chr(_PRIVATE), chr(_PRIVATE + 1)
-_BLANKS = {k: chr(_PRIVATE + k) for k in range(2, MAX_BLANK + 1)}
+_WHITE_SPACE = {"<n>": "\n", "<|tab|>": "\t"} | {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
+# Inside the tokenizer each of these pieces is one private character. Were it spelt as upstream spells it ("<n>"), that
+# word typed by a user would turn into white space.
+_PRIVATE = {piece: chr(0x10F800 + index) for index, piece in enumerate(_WHITE_SPACE)}
 
 
-def whitespace_pieces() -> list[str]:
-    """The pieces behind the special tokens, in order: the tab, then 2 to 80 spaces."""
-    return ["<|tab|>"] + [f"<|blank_{k}|>" for k in range(2, MAX_BLANK + 1)]
-
-
-def byte_pieces() -> list[str]:
-    """The 256 pieces at the end of the vocabulary, one for each byte."""
-    return [f"<0x{byte:02X}>" for byte in range(256)]
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The workbook's tokenizer over the checkpoint's `ice_text.model`, with the ids that its configuration gives."""
+    return Tokenizer(checkpoint.directory / "ice_text.model", int(checkpoint.config["gmask_token_id"]))
 
 
 def complete_model(proto: sentencepiece_model_pb2.ModelProto) -> None:
@@ -51,13 +38,31 @@ def complete_model(proto: sentencepiece_model_pb2.ModelProto) -> None:
     present = {piece.piece for piece in proto.pieces}
     for pieces, piece_type in (
         (SPECIAL_TOKENS, kind.CONTROL),
-        (whitespace_pieces(), kind.USER_DEFINED),
-        (byte_pieces(), kind.BYTE),
+        (_WHITE_SPACE, kind.USER_DEFINED),
+        ([f"<0x{byte:02X}>" for byte in range(256)], kind.BYTE),
     ):
         for piece in pieces:
             if piece not in present:
                 proto.pieces.add(piece=piece, score=0.0, type=piece_type)
     proto.trainer_spec.byte_fallback = True
+
+
+def _read_model(path: Path) -> sentencepiece_model_pb2.ModelProto:
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except FileNotFoundError:
+        raise WorkbookError(
+            f"{path} is missing: copy the checkpoint's sentencepiece model there, it comes with the download."
+        ) from None
+    except Exception as error:
+        raise WorkbookError(f"{path} is not a sentencepiece model ({error}): download it again.") from None
+    if len(proto.pieces) <= NEWLINE_ID or proto.pieces[NEWLINE_ID].piece != "<n>":
+        raise WorkbookError(
+            f"{path} has no <n> as piece {NEWLINE_ID}, so it is not the tokenizer of ChatGLM-6B: "
+            "take ice_text.model from the same checkpoint."
+        )
+    return proto
 
 
 class Tokenizer:
@@ -69,27 +74,13 @@ class Tokenizer:
         gmask_id: the configuration's id of [gMASK]. Before 6 April 2023 pieces were numbered from 20000.
         """
         path = Path(model_file)
-        proto = sentencepiece_model_pb2.ModelProto()
-        try:
-            proto.ParseFromString(path.read_bytes())
-        except FileNotFoundError:
-            raise WorkbookError(
-                f"{path} is missing: copy the checkpoint's sentencepiece model there, it comes with the download."
-            ) from None
-        except Exception as error:
-            raise WorkbookError(f"{path} is not a sentencepiece model ({error}): download it again.") from None
-        pieces = [piece.piece for piece in proto.pieces]
-        if len(pieces) <= NEWLINE_ID or pieces[NEWLINE_ID] != "<n>":
-            raise WorkbookError(
-                f"{path} has no <n> as piece {NEWLINE_ID}, so it is not the tokenizer of ChatGLM-6B: "
-                "take ice_text.model from the same checkpoint."
-            )
+        proto = _read_model(path)
         complete_model(proto)
         self._ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
         kind = sentencepiece_model_pb2.ModelProto.SentencePiece
         for token in SPECIAL_TOKENS:  # control pieces never match text, so "[gMASK]" in a question stays text
             proto.pieces[self._ids[token]].type = kind.CONTROL
-        for name, private in self._private_spelling().items():
+        for name, private in _PRIVATE.items():
             proto.pieces[self._ids[name]].piece = private
             proto.pieces[self._ids[name]].type = kind.USER_DEFINED
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -111,15 +102,10 @@ class Tokenizer:
             self._first + i for i in (0, 1, 2, PAD_ID)
         }
 
-    @staticmethod
-    def _private_spelling() -> dict[str, str]:
-        return {"<n>": _NEWLINE, "<|tab|>": _TAB} | {f"<|blank_{k}|>": _BLANKS[k] for k in _BLANKS}
-
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, without [gMASK] and <sop>."""
-        text = text.replace("\n", _NEWLINE).replace("\t", _TAB)
-        for length in range(MAX_BLANK, 1, -1):  # the longest run first
-            text = text.replace(" " * length, _BLANKS[length])
+        for name, white_space in reversed(_WHITE_SPACE.items()):  # the longest run of spaces first
+            text = text.replace(white_space, _PRIVATE[name])
         return [self._first + piece for piece in self._sp.encode(text)]
 
     def encode(self, prompt: str) -> list[int]:
@@ -127,15 +113,12 @@ class Tokenizer:
         return [*self.encode_text(prompt), self.gmask_id, self.sop_id]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens and padding are left out, a half-finished character reads as U+FFFD."""
+        """Text of ids, without special tokens and padding; an unfinished character reads as U+FFFD."""
         known = (int(i) for i in ids if self._first <= int(i) < self._first + self.size)
         text = str(self._sp.decode([i - self._first for i in known if i not in self._special_ids]))
-        for name, private in self._private_spelling().items():
-            length = int(name[8:-2]) if name.startswith("<|blank_") else 0
-            text = text.replace(private, {"<n>": "\n", "<|tab|>": "\t"}.get(name, " " * length))
-        return text
+        return text.translate({ord(private): _WHITE_SPACE[name] for name, private in _PRIVATE.items()})
 
     def piece(self, token_id: int) -> str:
-        """What a reader should see for one id, with white space and special tokens spelt out."""
+        """The piece of one id as a reader should see it, with white space and special tokens spelt out."""
         names = {index: name for name, index in self._ids.items()}
         return names.get(int(token_id), f"<{int(token_id)}>")

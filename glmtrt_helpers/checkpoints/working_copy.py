@@ -1,4 +1,4 @@
-"""TODO."""
+"""The working copy of a checkpoint, `models/run/NAME`, where every later step reads and writes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_c
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 
-# Above this size a working copy links instead of copying.
+# From this size on, files are linked instead of copied.
 LINK_BYTES = 64 * 2**20
 
 
 def make_working_copy(source: str | Path, runs: str | Path | None = None) -> Path:
-    """Make or refresh `models/run/NAME` beside the checkpoint and return it; the original is never written to.
+    """Make or refresh `run/NAME` beside the checkpoint and return its path; the original is never written to.
 
-    Small files are copied, large ones hard-linked to the file that a symbolic link may stand for. A source that was
-    patched in the copy stays patched, unless the checkpoint's own source has changed since.
+    Small files are copied, large ones hard-linked; symbolic links are resolved first. A source that was patched in the
+    copy stays patched, unless the checkpoint's own source has changed since. A working copy is returned as it is.
+    runs: another folder than `run`. Raises WorkbookError as `open_checkpoint` does, and where no hard link can be made.
     """
     source = Path(source)
     target = Path(runs) / source.name if runs else source.parent / "run" / source.name
@@ -48,7 +49,7 @@ def _is_current(real: Path, copy: Path) -> bool:
 
 
 def _forget_streamed(source: Path, target: Path) -> None:
-    """Remove what was streamed from older `.bin` shards; the index first, without it they count."""
+    """Remove the shards that were made of older `.bin` ones; the index first, which says that they are there."""
     for file in sorted(target.glob("model*.safetensors*"), reverse=True):
         if not (source / file.name).exists():
             file.unlink()

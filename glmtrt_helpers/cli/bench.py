@@ -1,4 +1,7 @@
-"""The commands of `glmtrt bench`: `glmtrt bench DIR` measures speed, `glmtrt bench memory DIR` memory."""
+"""The commands of `glmtrt bench`: `glmtrt bench DIR` measures speed, `glmtrt bench memory DIR` memory.
+
+Each command imports what it needs itself, so that `glmtrt --help` starts quickly.
+"""
 
 import shlex
 import sys
@@ -12,7 +15,7 @@ from glmtrt_helpers.core.progress import say
 
 
 class _SpeedByDefault(TyperGroup):
-    """A first word that names no command is the folder that `speed` measures."""
+    """A first word that is no command is the folder that `speed` measures."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -20,7 +23,7 @@ class _SpeedByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=_SpeedByDefault, no_args_is_help=True, help="Measure, on this machine.")
+app = typer.Typer(cls=_SpeedByDefault, no_args_is_help=True, help="Measure speed (the default) or memory.")
 Directory = Annotated[Path, typer.Argument(help="a working copy, models/run/NAME")]
 
 
@@ -28,29 +31,36 @@ Directory = Annotated[Path, typer.Argument(help="a working copy, models/run/NAME
 def speed(
     directory: Directory,
     dtype: Annotated[str, typer.Option(help="fp16 or fp32")] = "fp16",
-    output: Annotated[Path | None, typer.Option(help="keep the measurement as JSON")] = None,
-    engine: Annotated[list[str] | None, typer.Option(help="only these; all that run here by default")] = None,
-    past: Annotated[list[int] | None, typer.Option(help="tokens in the cache of a decode")] = None,
-    prompt: Annotated[list[int] | None, typer.Option(help="tokens of a prefill")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="rows of a decode at past 512")] = None,
-    samples: Annotated[int, typer.Option(help="of each measurement")] = 30,
-    batches: Annotated[Path | None, typer.Option(help="a working copy whose engines take several rows")] = None,
-    trace: Annotated[Path | None, typer.Option(help="record the engines' kernels, too, and keep them as JSON")] = None,
+    output: Annotated[Path | None, typer.Option(help="save the measurement as JSON")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="measure only this one; repeatable")] = None,
+    past: Annotated[list[int] | None, typer.Option(help="tokens in the cache of a decode step; repeatable")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="tokens of a prefill; repeatable")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="batch of a decode step at past 512; repeatable")] = None,
+    samples: Annotated[int, typer.Option(help="samples of each measurement")] = 30,
+    batches: Annotated[Path | None, typer.Option(help="a working copy whose engines are built for batches")] = None,
+    trace: Annotated[Path | None, typer.Option(help="also record the engines' kernels and save them as JSON")] = None,
 ) -> None:
-    """Milliseconds of prefill and decode in everything that runs here, beside what the hardware allows at best."""
+    """Measure milliseconds per step of every backend here.
+
+    Each is shown as a part of what the hardware allows at best.
+    """
     from glmtrt_helpers.bench import results, speed
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.core.display import print_table
 
     checkpoint = open_checkpoint(directory)
-    given = (past is not None, prompt is not None, batch is not None)
-    chosen = (past or (), prompt or (), batch or ()) if any(given) else ()
+    sizes = (past or (), prompt or (), batch or ())
     report = speed.measure(
-        checkpoint, dtype, speed.sizes(checkpoint, *chosen), only=engine or (), samples=samples,
-        rows_of=open_checkpoint(batches) if batches else None,
-        traced=speed.TRACED if trace else (), progress=say,
-    )  # fmt: skip
-    columns = ["engine", "phase", "batch", "tokens", "ms", "tokens a second", "of the floor"]
+        checkpoint,
+        dtype,
+        speed.default_sizes(checkpoint, *(sizes if any(sizes) else ())),
+        only=engine or (),
+        samples=samples,
+        batched=open_checkpoint(batches) if batches else None,
+        traced=speed.TRACED if trace else (),
+        progress=say,
+    )
+    columns = ["engine", "phase", "batch", "tokens", "ms", "tokens per second", "of the limit"]
     rows = [
         (r.engine, r.phase, r.batch, r.past, r.median_ms, r.tokens_per_s, f"{r.floor_fraction:.2f}")
         for r in report.rows
@@ -68,17 +78,27 @@ def speed(
 @app.command()
 def memory(
     directory: Directory,
-    output: Annotated[Path | None, typer.Option(help="keep the measurement as JSON")] = None,
-    phase: Annotated[list[str] | None, typer.Option(help="only these: inputs, patch, export, build, verify")] = None,
+    output: Annotated[Path | None, typer.Option(help="save the measurement as JSON")] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="inputs, patch, export, build or verify; repeatable")] = None,
 ) -> None:
-    """Memory, seconds and disk of each step on a working copy, each in a process of its own; outputs are made anew."""
+    """Measure memory, seconds and disk of each step.
+
+    Each step runs in a process of its own; outputs of earlier runs are deleted first.
+    """
     from glmtrt_helpers.bench import memory
     from glmtrt_helpers.core.display import print_table
 
     rows = memory.measure_memory(directory, phase or memory.PHASES, say)
     columns = ["phase", "seconds", "peak anonymous, GB", "peak file-backed, GB", "added on disk, MB"]
-    figures = [(r.phase, round(r.seconds, 1), *(round(n / 1e9, 2) for n in (r.peak_anonymous, r.peak_mapped)),
-                round(r.added / 1e6, 1)) for r in rows]  # fmt: skip
-    print_table(columns, figures)
+    sizes = [(row.peak_anonymous / 1e9, row.peak_mapped / 1e9, row.added / 1e6) for row in rows]
+    print_table(columns, [(row.phase, row.seconds, *size) for row, size in zip(rows, sizes, strict=True)])
     if output:
         memory.save_memory(output, directory, rows)
+
+
+@app.command()
+def startup() -> None:
+    """Measure the CPU time of `glmtrt --help`, best of five."""
+    from glmtrt_helpers.bench.startup import cpu_seconds
+
+    print(f"{min(cpu_seconds() for _ in range(5)):.2f} s of CPU time")

@@ -1,27 +1,26 @@
-"""`glmtrt`: the steps of the notebooks for a machine without a browser.
-
-Each command prints a short table and exits with 0 only if its work is done and right. Bad input gets one line on
-standard error and exit code 1.
-"""
+"""The commands of `glmtrt`. Each imports what it needs itself, so that `glmtrt --help` starts quickly."""
 
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from glmtrt_helpers.cli import bench as bench_commands
 from glmtrt_helpers.core import processes
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.progress import bytes_bar, phase_bars, say
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = """The steps of the notebooks on the command line.
 
-
+Each command prints a short table and exits with 0 only if its work is done and correct. Bad input is answered with one
+line on standard error and exit code 1.
+"""
+# rich_markup_mode: help as plain text, because loading rich takes longer than everything else in `glmtrt --help`.
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=HELP
+)
 app.add_typer(bench_commands.app, name="bench")
-
-
 Directory = Annotated[Path, typer.Argument(help="a checkpoint, usually its working copy models/run/NAME")]
 Dtype = Annotated[str, typer.Option(help="fp16 or fp32")]
 
@@ -34,18 +33,18 @@ def main() -> None:
         print(f"glmtrt: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("glmtrt: interrupted; nothing half-written was left.", file=sys.stderr)
+        print("glmtrt: interrupted; no half-written file is left.", file=sys.stderr)
         sys.exit(130)
 
 
 @app.command()
 def doctor(
-    model: Annotated[Path | None, typer.Option(help="predict what an engine of this checkpoint takes")] = None,
-    batch: Annotated[int, typer.Option(help="rows, for --model")] = 1,
-    length: Annotated[int, typer.Option(help="prompt and answer together, for --model")] = 2048,
+    model: Annotated[Path | None, typer.Option(help="predict the GPU memory of an engine of this checkpoint")] = None,
+    batch: Annotated[int, typer.Option(help="with --model: conversations at once")] = 1,
+    length: Annotated[int, typer.Option(help="with --model: tokens of prompt and answer together")] = 2048,
     dtype: Dtype = "fp16",
 ) -> None:
-    """Say what this machine has and which parts of the workbook run on it."""
+    """Report this machine, and which parts of the workbook run on it."""
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.cli import doctor as checks
     from glmtrt_helpers.core.display import print_table
@@ -54,25 +53,30 @@ def doctor(
         checkpoint = open_checkpoint(model)
         print_table(["part", "size", "note"], checks.model_report(checkpoint, batch, length, dtype), str(model))
         return
-    print_table(["what", "found", "so"], checks.report())
+    print_table(["item", "found", "meaning"], checks.report())
     print_table(["part", "small checkpoint", "real checkpoint (6.7 billion)"], checks.parts())
 
 
 @app.command()
 def standin(
     directory: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
-    size: Annotated[str, typer.Option(help="tiny, which is trained; 300m or 6b: random, for measuring")] = "tiny",
-    weights: Annotated[str, typer.Option("--format", help="of random weights: safetensors or bin")] = "safetensors",
-    seed: Annotated[int, typer.Option(help="seed of weights and order")] = 0,
+    size: Annotated[str, typer.Option(help="tiny: trained; 300m or 6b: random weights, for measuring")] = "tiny",
+    weights: Annotated[
+        str, typer.Option("--format", help="format of random weights: safetensors or bin")
+    ] = "safetensors",
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
 ) -> None:
-    """Train the small stand-in on its corpus, two minutes on two cores, or write random weights of a larger size."""
+    """Train the stand-in, or write random weights of a larger size.
+
+    Training takes two minutes on two cores.
+    """
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.standin import random_weights, train
 
     if size != "tiny":
         with bytes_bar("random weights") as show:
             random_weights.write_random(directory, size, weights=weights, seed=seed, progress=show)
-        print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
+        print(f"{directory} holds random weights, for measuring: its answers mean nothing.", file=sys.stderr)
         return
     margins = train.build_standin(directory, seed=seed)
     written = sum(file.stat().st_size for file in directory.iterdir())
@@ -82,7 +86,10 @@ def standin(
 
 @app.command()
 def copy(source: Annotated[Path, typer.Argument(help="a checkpoint")] = Path("models/chatglm_tiny")) -> None:
-    """Make or refresh the working copy models/run/NAME that every later step reads and writes."""
+    """Make or refresh the working copy of a checkpoint.
+
+    It is models/run/NAME; every later step reads and writes there.
+    """
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.checkpoints.working_copy import make_working_copy
     from glmtrt_helpers.core.display import print_table
@@ -97,13 +104,15 @@ def copy(source: Annotated[Path, typer.Argument(help="a checkpoint")] = Path("mo
 @app.command()
 def inputs(
     directory: Directory,
-    prompt: Annotated[str, typer.Option(help="what to ask while recording")] = "你好",
-    max_new: Annotated[int, typer.Option(help="at most so many answer tokens")] = 32,
-    layers: Annotated[int | None, typer.Option(help="run only the first layers; 2 of a large checkpoint")] = None,
+    prompt: Annotated[str, typer.Option(help="the question to record")] = "你好",
+    max_new: Annotated[int, typer.Option(help="largest number of answer tokens")] = 32,
+    layers: Annotated[
+        int | None, typer.Option(help="run only the first LAYERS layers (default: 2 of a large checkpoint)")
+    ] = None,
 ) -> None:
-    """Record what forward is called with during a chat; writes inputs.json.
+    """Record the inputs of forward during a chat, in inputs.json.
 
-    Shapes, positions and masks do not depend on how many layers there are, so two of the real one tell them all.
+    Shapes, positions and masks do not depend on the number of layers, so two layers of a large checkpoint suffice.
     """
     import torch
 
@@ -120,33 +129,35 @@ def inputs(
     tokenizer = load_tokenizer(checkpoint)
     ids = chat_prompt(tokenizer, prompt)
     part = checkpoint.first_layers(layers or (2 if checkpoint.is_large else checkpoint.num_layers))
-    dtype = torch.float16 if checkpoint.is_large else torch.float32  # in fp16 the weights are mapped, not held
+    dtype = torch.float16 if checkpoint.is_large else torch.float32  # in fp16 the weights stay memory-mapped
     session = TorchSession(loading.load_model(part, dtype))
     with recording.record(session.model) as calls:
         answer = greedy(session, part, ids, max_length=len(ids) + max_new)
     path = recording.save_record(checkpoint, calls)
     names = ["input_ids", "position_ids", "attention_mask", "past_key_values.0.key"]
-    print_table(
-        ["call", *names], [(c.kind, *(str(tuple(c.shapes[n])) for n in names)) for c in (*calls[:3], calls[-1])]
-    )
+    rows = [(call.kind, *(str(tuple(call.shapes[name])) for name in names)) for call in (*calls[:3], calls[-1])]
+    print_table(["call", *names], rows)
     print(f"{tokenizer.decode(answer)}\n{len(calls)} calls recorded in {path}", file=sys.stderr)
     if part.num_layers < checkpoint.num_layers:
-        print(f"Run with the first {part.num_layers} of {checkpoint.num_layers} layers: the words mean nothing, the "
-              "shapes are those of all.", file=sys.stderr)  # fmt: skip
+        layers_text = f"the first {part.num_layers} of {checkpoint.num_layers} layers"
+        print(f"Run with {layers_text}: the answer means nothing, the shapes are right.", file=sys.stderr)
 
 
 @app.command()
 def patch(
     directory: Directory,
     check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if something is unpatched")] = False,
-    restore: Annotated[bool, typer.Option("--restore", help="put the source back as it came")] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="restore the original source")] = False,
 ) -> None:
-    """Mend the traps in modeling_chatglm.py; the source as it came is kept beside it."""
+    """Patch the export blockers in modeling_chatglm.py.
+
+    The original source is kept next to it.
+    """
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.patches import patching
 
     if restore:
-        print(f"{patching.restore_checkpoint(directory)} is as it came.")
+        print(f"{patching.restore_checkpoint(directory)} is the original again.")
         return
     before = patching.check_checkpoint(directory)
     if not check:
@@ -154,12 +165,12 @@ def patch(
     now = patching.check_checkpoint(directory)
     rows = [(name, before[name].state, now[name].state, _lines(now[name])) for name in before]
     print_table(["patch", "before", "now", "at line"], rows)
-    if any(trap.state == "unpatched" for trap in now.values()):
+    if any(blocker.state == "unpatched" for blocker in now.values()):
         raise typer.Exit(1)
 
 
-def _lines(trap: Any) -> str:
-    return ", ".join(str(site.line) for site in trap.sites)
+def _lines(blocker: Any) -> str:
+    return ", ".join(str(site.line) for site in blocker.sites)
 
 
 @app.command()
@@ -168,9 +179,12 @@ def export(
     dtype: Dtype = "fp16",
     exporter: Annotated[str, typer.Option(help="dynamo or torchscript")] = "dynamo",
     opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
-    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the parts of notebook 07's fast engine")] = False,
 ) -> None:
-    """Export the patched model to ONNX; its weights stay where they lie, in the checkpoint's shards."""
+    """Export the patched model to ONNX.
+
+    The weights stay where they are: the graph refers to the bytes in the checkpoint's shards.
+    """
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.export import exporting
@@ -189,11 +203,15 @@ def export(
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None:
-    """Summarise an exported graph; exit 1 if it has a static dimension or a dead input."""
+    """Summarise an ONNX graph.
+
+    Exit code 1 if a dimension is static that should be dynamic, or an input has no effect.
+    """
+    from glmtrt_helpers.core.display import print_rich
     from glmtrt_helpers.graphs.checks import problems
     from glmtrt_helpers.graphs.summary import summarize
 
-    Console().print(summarize(file))
+    print_rich(summarize(file))
     found = problems(file)
     for problem in found:
         print(f"glmtrt: {problem}", file=sys.stderr)
@@ -205,16 +223,20 @@ def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None
 def verify(
     directory: Directory,
     dtype: Dtype = "fp16",
-    case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this; repeatable")] = None,
 ) -> None:
-    """Compare the export with PyTorch at shapes it was not exported with; exit 1 beyond the tolerance."""
+    """Compare the exported graph with PyTorch.
+
+    The cases have shapes that the export did not use. Exit code 1 if an error exceeds the tolerance.
+    """
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.core.display import print_rich
     from glmtrt_helpers.graphs import verification
     from glmtrt_helpers.graphs.reference import CASES
 
-    chosen = [one for one in CASES if not case or any(part in one.name for part in case)]
-    result = verification.verify(open_checkpoint(directory), dtype, chosen, progress=say)
-    Console().print(result)
+    selected = [each for each in CASES if not case or any(part in each.name for part in case)]
+    result = verification.verify(open_checkpoint(directory), dtype, selected, progress=say)
+    print_rich(result)
     for problem in result.problems:
         print(f"glmtrt: {problem}", file=sys.stderr)
     if not result.ok:
@@ -225,26 +247,40 @@ def verify(
 def build(
     directory: Directory,
     dtype: Dtype = "fp16",
-    batch: Annotated[str, typer.Option(help="rows: smallest,typical,largest")] = "1,1,1",
-    prompt: Annotated[str, typer.Option(help="tokens of a prompt, likewise; up to the model's length")] = "",
-    past: Annotated[str, typer.Option(help="tokens in the cache, likewise; up to the model's length")] = "",
-    package: Annotated[str | None, typer.Option(help="tensorrt-rtx or tensorrt; chosen by default")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="build for this compute capability only (RTX)")] = None,
-    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="for cards that are too small")] = False,
-    hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="full tensorrt only")] = False,
-    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="full tensorrt only")] = False,
-    tf32: Annotated[bool, typer.Option(help="let fp32 products round their inputs")] = True,
-    fp16_sums: Annotated[bool, typer.Option("--fp16-sums", help="let fp16 products sum in fp16, too")] = False,
-    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, in parts")] = False,
+    batch: Annotated[str, typer.Option(help="batch as min,opt,max")] = "1,1,1",
+    prompt: Annotated[
+        str, typer.Option(help="tokens of a prompt as min,opt,max (default: up to the model's length)")
+    ] = "",
+    past: Annotated[
+        str, typer.Option(help="tokens in the cache as min,opt,max (default: up to the model's length)")
+    ] = "",
+    package: Annotated[str | None, typer.Option(help="tensorrt-rtx or tensorrt (default: what suits this GPU)")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="tensorrt-rtx: only for this compute capability; repeatable")
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="weights may stay in host memory, for small GPUs")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="tensorrt: the plan also runs on other GPUs")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="tensorrt: later releases load the plan, too")
+    ] = False,
+    tf32: Annotated[bool, typer.Option(help="allow fp32 matmuls to round inputs to TF32")] = True,
+    fp16_sums: Annotated[bool, typer.Option("--fp16-sums", help="allow fp16 matmuls to accumulate in fp16")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="the parts of notebook 07's fast engine")] = False,
 ) -> None:
-    """Build a TensorRT engine from the exported model, without a GPU; writes model.fp16.plan and a JSON beside it."""
+    """Build a TensorRT engine from the exported model; needs no GPU.
+
+    Writes model.fp16.plan and a description of it in JSON.
+    """
     processes.restart_with_huge_pages()
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.engines import plan_info
     from glmtrt_helpers.engines.builder import BuildOptions, build_engine
     from glmtrt_helpers.engines.profiles import Range, chat_profiles
-    from glmtrt_helpers.fast.decoder import build_fast
 
     checkpoint = open_checkpoint(directory)
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
@@ -252,12 +288,14 @@ def build(
     options = BuildOptions(
         tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32, fp16_sums
     )
-    boxes = chat_profiles(checkpoint, *ranges)
+    profiles = chat_profiles(checkpoint, *ranges)
     with phase_bars() as progress:
         if fast:
-            built = build_fast(checkpoint, dtype, boxes, options=options, package=package, progress=progress)
+            from glmtrt_helpers.fast.decoder import build_fast  # loads PyTorch
+
+            built = build_fast(checkpoint, dtype, profiles, options=options, package=package, progress=progress)
         else:
-            built = [build_engine(checkpoint, dtype, boxes, options=options, package=package, progress=progress)]
+            built = [build_engine(checkpoint, dtype, profiles, options=options, package=package, progress=progress)]
     print(built[0].package.reason, file=sys.stderr)
     for report in built:
         for index, profile in enumerate(report.info.profiles):
@@ -271,19 +309,22 @@ def build(
 @app.command()
 def chat(
     directory: Directory,
-    backend: Annotated[str | None, typer.Option(help="torch, ort or tensorrt; the fastest here by default")] = None,
-    prompt: Annotated[str | None, typer.Option(help="ask this, print the answer alone, and end")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="always the best token")] = False,
-    temperature: Annotated[float, typer.Option(help="scores are divided by it")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="so many best tokens stay; 0 keeps all")] = 50,
-    top_p: Annotated[float, typer.Option(help="the fewest tokens of this probability stay")] = 0.7,
-    seed: Annotated[int | None, typer.Option(help="for the same draws again")] = None,
-    max_length: Annotated[int | None, typer.Option(help="prompt and answer together")] = None,
-    drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, let the oldest rounds go")] = False,
+    backend: Annotated[str | None, typer.Option(help="torch, ort or tensorrt (default: the fastest here)")] = None,
+    prompt: Annotated[str | None, typer.Option(help="ask this, print only the answer, and exit")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="always take the most likely token")] = False,
+    temperature: Annotated[float, typer.Option(help="divides the logits; higher is more random")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="keep the k most likely tokens; 0 keeps all")] = 50,
+    top_p: Annotated[float, typer.Option(help="keep the fewest tokens whose probability reaches this")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="random seed, for the same answers again")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer together")] = None,
+    drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, drop the oldest rounds")] = False,
     dtype: Dtype = "fp16",
-    fast: Annotated[bool, typer.Option("--fast", help="the fast engine of notebook 07, on tensorrt or ort")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="notebook 07's fast engine, on tensorrt or ort")] = False,
 ) -> None:
-    """Chat with the model. Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
+    """Chat with the model.
+
+    Ctrl-C ends an answer, an empty line or Ctrl-D the conversation.
+    """
     from glmtrt_helpers.chat import backends, terminal
     from glmtrt_helpers.chat.conversation import Chat
     from glmtrt_helpers.chat.sampling import Sampling
@@ -293,30 +334,30 @@ def chat(
     terminal.use_utf8()
     checkpoint = open_checkpoint(directory)
     if checkpoint.is_random:
-        print(f"{directory} holds random weights, for measuring: what it says means nothing.", file=sys.stderr)
+        print(f"{directory} holds random weights, for measuring: its answers mean nothing.", file=sys.stderr)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
-    engine = fast_backends if fast else backends
+    factory = fast_backends if fast else backends
     if backend is None:
-        backend, why = engine.best_backend(checkpoint, dtype)
+        backend, why = factory.best_backend(checkpoint, dtype)
         print(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""), file=sys.stderr)
-    session = engine.open_session(checkpoint, backend, dtype)
+    session = factory.open_session(checkpoint, backend, dtype)
     try:
-        talk = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
+        conversation = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
         if prompt is not None:
-            terminal.answer(talk, prompt)
+            terminal.answer(conversation, prompt)
         else:
-            terminal.converse(talk)
+            terminal.converse(conversation)
     finally:
         session.close()
 
 
 @app.command()
 def workbook(
-    model: Annotated[str, typer.Option(help="the checkpoint to run on")] = "models/chatglm_tiny",
-    output: Annotated[Path, typer.Option(help="where the executed copies go")] = Path("build/notebooks"),
+    model: Annotated[str, typer.Option(help="the checkpoint to run them on")] = "models/chatglm_tiny",
+    output: Annotated[Path, typer.Option(help="folder for the executed copies")] = Path("build/notebooks"),
 ) -> None:
-    """Execute every notebook in order, from clean kernels."""
+    """Execute every notebook in order, each in a clean kernel."""
     from glmtrt_helpers.workbook import run_notebooks
 
-    Console().print(f"Executing {len(run_notebooks.notebooks())} notebooks on {model} into {output}")
+    print(f"Executing {len(run_notebooks.notebooks())} notebooks on {model} into {output}")
     run_notebooks.run_all(model, output)

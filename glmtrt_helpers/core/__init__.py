@@ -1,4 +1,4 @@
-"""What every step shares: errors, progress, atomic files, tables, processes, and which TensorRT is here."""
+"""What every step shares: errors, progress, atomic files, tables, processes, and the choice of TensorRT."""
 
 import lazy_loader
 

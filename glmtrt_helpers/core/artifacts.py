@@ -1,18 +1,18 @@
-"""The files that the steps leave in a working copy: what their names say, and what to do where one is missing."""
+"""The files that the steps write into a working copy: what their names say, and what to do where one is missing."""
 
 from pathlib import Path
 
 
 def cli_options(path: Path) -> str:
-    """The options of `glmtrt export` and `glmtrt build` that make this graph or engine, as in " --fast"."""
+    """The options of `glmtrt export` and `glmtrt build` that make this graph or engine, such as " --fast"."""
     return " --dtype fp32" * ("fp32" in path.name.split(".")) + " --fast" * is_part(path)
 
 
 def is_part(path: Path) -> bool:
-    """Whether a graph or an engine is a part of the fast decoder, as in model.fp16.fast.middle.onnx."""
+    """Whether a graph or an engine is a part of the fast decoder, such as model.fp16.fast.middle.onnx."""
     return "fast" in path.name.split(".")
 
 
 def missing_graph(path: Path) -> str:
-    """The sentence for a graph that is not there: which, and how to make it."""
+    """The error's sentence for a graph that does not exist: which one, and how to make it."""
     return f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}{cli_options(path)}`."

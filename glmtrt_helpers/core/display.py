@@ -1,4 +1,4 @@
-"""Tables and pictures that the notebooks and the command line share. Chinese shows in all of them."""
+"""Tables and the style of plots, for notebooks and the command line; Chinese text shows in both."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# One colour for one meaning, in every picture of the workbook; readable without colour vision, too.
+# One colour for one meaning in every plot of the workbook, readable without colour vision too.
 SEEN, HIDDEN, PADDING = "#dbe9f6", "#2f4b6e", "#e9e4da"
 PREFILL, DECODE, ALARM = "#3b75af", "#e08214", "#c0392b"
 
 
 def use_workbook_style() -> None:
-    """Set matplotlib up: a font that falls back to Noto Sans SC for Chinese, quiet axes, figures of a page's width."""
+    """Set matplotlib up: Noto Sans SC where the font has no Chinese, plain axes, and small PNGs in a notebook."""
     spec = importlib.util.find_spec("zhplot")
     if spec and spec.origin:
         font_manager.fontManager.addfont(str(Path(spec.origin).parent / "fonts" / "NotoSansSC-Regular.ttf"))
@@ -40,12 +40,12 @@ def use_workbook_style() -> None:
             "svg.hashsalt": "glmtrt",
         }
     )
-    _small_pictures()
+    _use_small_pngs()
 
 
-def _small_pictures() -> None:
-    """In a notebook, figures become pictures of 64 colours: a quarter of the bytes, and nothing to see of it."""
-    from IPython import get_ipython
+def _use_small_pngs() -> None:
+    """In a notebook, show figures as PNGs of 64 colours: a quarter of the bytes, and no visible difference."""
+    from IPython import get_ipython  # slow to import, and plots are drawn without it too
 
     shell = get_ipython()
     if shell is not None:
@@ -55,7 +55,7 @@ def _small_pictures() -> None:
 
 
 def _png(figure: Figure) -> bytes:
-    from PIL import Image
+    from PIL import Image  # needed in a notebook only
 
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", bbox_inches="tight")
@@ -63,8 +63,8 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Any = None) -> None:
-    """Print a table, as text in a terminal and as HTML in a notebook; numbers are set flush right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
+    """Print a table, as text in a terminal and as HTML in a notebook; numbers are aligned right."""
     numeric = [
         bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
         for i in range(len(columns))
@@ -75,19 +75,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     cells = [[format_cell(cell) for cell in row] for row in rows]
     for row in cells:
         table.add_row(*row)
-    if console is None and Console().is_jupyter:
-        from IPython.display import display
+    if Console().is_jupyter:
+        from IPython.display import display  # only there in a notebook
 
         text = io.StringIO()
         Console(file=text, width=115, force_jupyter=False).print(table)
         views = {"text/html": _html_table(columns, cells, numeric, title), "text/plain": text.getvalue()}
         display(views, raw=True)
     else:
-        (console or Console()).print(table)
+        Console().print(table)
 
 
 def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> str:
-    """A browser aligns columns itself; a table drawn with characters is crooked wherever Chinese is in it."""
+    """A table that the browser aligns: one drawn with characters is crooked where it holds Chinese text."""
     align = [f' style="text-align:{"right" if number else "left"};white-space:pre-wrap"' for number in numeric]
 
     def line(tag: str, row: Sequence[str]) -> str:
@@ -102,12 +102,12 @@ def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric:
 
 
 def print_rich(*tables: Any) -> None:
-    """Print anything that rich can draw, as text in a terminal and as HTML in a notebook."""
+    """Print anything that rich can render, as text in a terminal and as HTML in a notebook."""
     Console().print(*tables)
 
 
 def format_cell(cell: Any) -> str:
-    """A table cell: ints with thousands marks, floats with three digits, yes and no for booleans."""
+    """The text of a table cell: ints with thousands separators, floats with three digits, yes or no for booleans."""
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, int):

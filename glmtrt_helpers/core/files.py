@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: under a temporary name beside it first, renamed when every byte is on the disk."""
+"""Write a file whole or not at all: under a temporary name first, renamed when every byte is on the disk."""
 
 import contextlib
 import errno
@@ -16,11 +16,12 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; when the block ends well it becomes `path`, otherwise it goes.
+    """Yield a temporary path beside `path`; it is renamed to `path` when the block ends, and removed when it fails.
 
-    The name carries the process id, so two processes do not meet; what a killed process left behind is swept up here.
+    The name holds the process id, so two processes never share a file; those of killed processes are removed here.
+    Raises WorkbookError where the disk is full.
     """
-    _sweep(path)
+    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -37,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
+def _remove_stale(path: Path) -> None:
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         match = _TEMPORARY.fullmatch(stale.name)
         if match and not psutil.pid_exists(int(match["pid"])):

@@ -10,7 +10,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 
 
 def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
-    """The graph without its weights. Raises WorkbookError where there is none, or where the file is something else."""
+    """The graph without its weights. Raises WorkbookError for a file that is missing or no ONNX model."""
     path = Path(onnx_path)
     if not path.is_file():
         raise WorkbookError(missing_graph(path))
@@ -18,7 +18,7 @@ def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
         model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError:
         model = onnx.ModelProto()
-    # An empty file is a valid message, too: it just says nothing.
+    # An empty file is a valid message as well, without any node.
     if not model.graph.node:
-        raise WorkbookError(f"{path} is not an ONNX model, or its writing was cut short: export it again.")
+        raise WorkbookError(f"{path} is not an ONNX model, or was not written to its end: export it again.")
     return model

@@ -1,13 +1,12 @@
-"""Notebook 05: memory in pages of 2 MB, for a build that takes 13 GB of it.
+"""What a command takes, measured from outside: its memory over time and the bytes it leaves on the disk; large pages.
 
-Linux gives a process its memory when it is first touched, a page of 4 KB at a time: 6.3 million times in a build of the
-real size, a quarter of its time. glibc asks for pages of 2 MB where it is told to, and it listens only when a process
-starts (The GNU C Library manual, "Memory Allocation Tunables"). Other systems and libraries pass over the variable.
+Anonymous memory is what a process needs; file-backed memory is mapped weights, which the system drops and reads again
+as it likes. `ps` and `top` show the sum of both, which is why a process that needs 0.6 GB can look like 14.
 
-What a command takes: its memory over time, seen from outside, and the bytes it leaves on the disk.
-
-Anonymous memory is what a process really needs; file-backed memory is mapped weights, which the system drops and reads
-again as it likes. `ps` and `top` add the two up, which is how 0.6 GB comes to look like 14.
+Notebook 05 builds with pages of 2 MB. Linux gives a process its memory when it is first touched, a page of 4 KB at a
+time: 6.3 million times in a build of the real size, a quarter of its time. glibc asks for pages of 2 MB where a
+variable says so, which it reads only when a process starts (The GNU C Library manual, "Memory Allocation Tunables").
+Other systems and libraries ignore the variable.
 """
 
 from __future__ import annotations
@@ -21,34 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from glmtrt_helpers.core.errors import WorkbookError
 
+GLMTRT = (sys.executable, "-c", "from glmtrt_helpers.cli.commands import main; main()")
 MALLOC_VARIABLE = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb"
-
-
-def huge_page_environment() -> dict[str, str]:
-    """This process's environment for another one that is to have large pages; whoever chose otherwise keeps that."""
-    chosen = os.environ.get(MALLOC_VARIABLE, "")
-    if HUGE_PAGES in chosen:
-        return dict(os.environ)
-    return {**os.environ, MALLOC_VARIABLE: ":".join(filter(None, [chosen, f"{HUGE_PAGES}=1"]))}
-
-
-def restart_with_huge_pages() -> None:
-    """Begin this process again, same program, same arguments, same id, where it has no large pages yet."""
-    if sys.platform == "linux" and HUGE_PAGES not in os.environ.get(MALLOC_VARIABLE, ""):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], huge_page_environment())
-
-
-GLMTRT = (sys.executable, "-c", "from glmtrt_helpers.cli.commands import main; main()")
-_PHASE = " ..."  # how a line on standard error ends that names what begins now
+_PHASE = " ..."  # the end of a line on standard error that names what begins now
 _INTERVAL = 0.02
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Resident bytes at a moment, in seconds since the start."""
+    """Resident bytes at one moment, in seconds since the start."""
 
     seconds: float
     anonymous: int
@@ -57,7 +42,7 @@ class Sample:
 
 @dataclass
 class Usage:
-    """What a command took. phases: when each began; added: bytes that its folder's files gained, None if not asked."""
+    """What a command took. phases: when each began. added: bytes that its folder grew by, None without a folder."""
 
     returncode: int
     seconds: float
@@ -77,19 +62,19 @@ class Usage:
 
 
 def measure(command: Sequence[str | Path], folder: Path | None = None) -> Usage:
-    """Run a command to its end and watch it. Lines on its standard error that end with " ..." begin a phase.
+    """Run a command to its end and sample its memory. A line on its standard error that ends in " ..." begins a phase.
 
-    folder: where it writes; hard links to what was there before count once. Raises WorkbookError outside of Linux.
+    folder: where it writes. Raises WorkbookError on other systems than Linux.
     """
-    if not Path("/proc/self/status").exists():
-        raise WorkbookError("memory is measured through Linux's /proc, which is not here: run this on Linux.")
+    if not psutil.LINUX:
+        raise WorkbookError("memory is measured on Linux only, which tells anonymous from file-backed: run this there.")
     before = disk_bytes(folder) if folder else 0
     started = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
     )
     usage = Usage(0, 0.0)
-    with ThreadPoolExecutor(2) as readers:  # both ends are read all the time, or a full pipe would stop the command
+    with ThreadPoolExecutor(2) as readers:  # both pipes are read all the time: a full one would stop the command
         output = readers.submit(process.stdout.read)  # type: ignore[union-attr]
         errors = readers.submit(_read_errors, process, started, usage.phases)
         while process.poll() is None:
@@ -113,17 +98,29 @@ def _read_errors(process: subprocess.Popen[str], started: float, phases: list[tu
 
 
 def _sample(pid: int, seconds: float) -> Sample | None:
-    """None when the process has just ended."""
+    """None where the process has just ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
+        memory = psutil.Process(pid).memory_info()  # on Linux, `shared` is what is mapped from files or shared memory
+    except psutil.NoSuchProcess:
         return None
-    rss = {key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines)
-           if key.startswith("Rss")}  # fmt: skip
-    return Sample(seconds, rss["RssAnon"], rss["RssFile"] + rss["RssShmem"]) if rss else None
+    return Sample(seconds, memory.rss - memory.shared, memory.shared)
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes that the files of a folder take on the disk."""
-    found = {(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in map(Path.stat, folder.iterdir())}
-    return sum(found.values())
+    """Bytes that the files of a folder take on the disk; hard links to one file count once."""
+    sizes = {(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in map(Path.stat, folder.iterdir())}
+    return sum(sizes.values())
+
+
+def huge_page_environment() -> dict[str, str]:
+    """This process's environment with large pages asked for, for a child process; an explicit choice is kept."""
+    tunables = os.environ.get(MALLOC_VARIABLE, "")
+    if HUGE_PAGES not in tunables:
+        tunables = ":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"]))
+    return {**os.environ, MALLOC_VARIABLE: tunables}
+
+
+def restart_with_huge_pages() -> None:
+    """Start this process again with large pages, same program, arguments and process id, unless it has been told."""
+    if sys.platform == "linux" and HUGE_PAGES not in os.environ.get(MALLOC_VARIABLE, ""):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], huge_page_environment())

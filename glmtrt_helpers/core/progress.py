@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, a line for each phase in a log or where `usage` watches."""
+"""Progress on standard error: bars on a terminal, a line per phase in a log and where `processes.measure` reads."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ from rich.console import Console
 
 
 def say(phase: str) -> None:
-    """One line that names what begins now; it passes by whatever holds back the noise of exporters."""
+    """Print the phase that begins now, also where the standard error of an exporter is being suppressed."""
     print(f"{phase} ...", file=sys.__stderr__, flush=True)
 
 
@@ -26,17 +26,17 @@ def bytes_bar(title: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def phase_bars() -> Iterator[Any]:
-    """One bar for each phase that TensorRT reports, while it lasts; a line for each where nobody sees bars."""
+    """A bar for each phase that TensorRT reports, while it lasts; a line for each where there is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    # rich itself takes any output under Jupyter for a terminal, by FORCE_COLOR, which a notebook's children inherit.
+    # Under Jupyter FORCE_COLOR is set, by which rich takes any output for a terminal, in child processes too.
     console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:  # on no terminal, phases within another one need no line
+            if phase not in tasks:  # without a terminal, a phase within another one gets no line
                 if not console.is_terminal and all(task.finished for task in bars.tasks):
                     say(phase)
                 tasks[phase] = bars.add_task(phase, total=total)

@@ -1,19 +1,18 @@
-"""Notebook 05: build an engine from the exported ONNX, without a GPU where the package can, and read one back.
+"""Notebook 05: build an engine from the exported ONNX file, without a GPU where the package can.
 
-The parser takes the weights from the checkpoint's shards, where they are mapped, not copied; the plan is written as it
-is made. Precision is the graph's own: the network is strongly typed.
+The parser maps the weights from the checkpoint's shards instead of copying them, and the plan is written while it is
+made. The network is strongly typed: precision is the graph's own.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.code_hash import code_sha256
@@ -22,26 +21,29 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.core.tensorrt_package import Package
-from glmtrt_helpers.engines import fp32_accumulation, plan_info
-from glmtrt_helpers.engines.callbacks import interruptible, make_log, make_monitor, make_writer
-from glmtrt_helpers.engines.memory_prediction import engine_weights, predict_build
-from glmtrt_helpers.engines.plan_info import PlanInfo, Tensor, dtype_name
+from glmtrt_helpers.engines import plan_info
+from glmtrt_helpers.engines.callbacks import interruptible, make_log, make_monitor, plan_writer
+from glmtrt_helpers.engines.fp32_accumulation import accumulate_in_fp32
+from glmtrt_helpers.engines.memory_prediction import check_room, engine_weights
+from glmtrt_helpers.engines.plan_info import PlanInfo, Tensor
 from glmtrt_helpers.engines.profiles import Profile, chat_profiles
 from glmtrt_helpers.graphs.tensorrt_parser import parse
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # a phase, its steps done, all its steps
+Shapes = dict[str, list[list[list[int]]]]  # by input: the min, opt and max shape in every profile
+SWITCHES = ("weight_streaming", "hardware_compatible", "version_compatible", "fp16_sums")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What can be asked of the builder beside the profiles.
+    """What the builder can be asked for in addition to profiles.
 
-    targets: compute capabilities such as "8.9" to build for; tensorrt-rtx only, whose plans fit all by default.
-    weight_streaming: weights may stay in host memory and be streamed to a card that is too small.
-    hardware_compatible: the plan runs on every GPU from Ampere on; the full tensorrt only, tensorrt-rtx's plans do.
-    version_compatible: later releases load the plan, too; the full tensorrt only.
-    tf32: products of fp32 numbers may round their inputs to ten bits; exact products are slower.
-    fp16_sums: products of fp16 numbers may be summed up in fp16 (`products`): less exact, and on some cards faster.
+    targets: compute capabilities to build for, such as "8.9"; tensorrt-rtx only, whose plans run on all by default.
+    weight_streaming: weights may stay in host memory and be streamed to a card that is too small for them.
+    hardware_compatible: the plan runs on every GPU since Ampere; tensorrt only, the plans of tensorrt-rtx always do.
+    version_compatible: later releases load the plan, too; tensorrt only.
+    tf32: fp32 matmuls may round their inputs to TF32; without it they are exact, and slower.
+    fp16_sums: fp16 matmuls may accumulate in fp16 (`fp32_accumulation`): less exact, and faster on some cards.
     """
 
     targets: Sequence[str] = ()
@@ -52,15 +54,14 @@ class BuildOptions:
     fp16_sums: bool = False
 
     def names(self) -> list[str]:
-        """As they are written into the JSON."""
-        chosen = [name for name in ("weight_streaming", "hardware_compatible", "version_compatible", "fp16_sums")
-                  if getattr(self, name)]  # fmt: skip
-        return [name.replace("_", "-") for name in chosen] + ([] if self.tf32 else ["no-tf32"])
+        """The options that are not the default, as the JSON has them."""
+        selected = [name for name in SWITCHES if getattr(self, name)]
+        return [name.replace("_", "-") for name in selected] + ([] if self.tf32 else ["no-tf32"])
 
 
 @dataclass
 class BuildReport:
-    """What was built. phases: seconds and steps of each phase of the builder, in order of their start."""
+    """What was built. phases: seconds and steps of each of the builder's phases, in the order of their ends."""
 
     plan: Path
     info: PlanInfo
@@ -80,91 +81,50 @@ def build_engine(
 ) -> BuildReport:
     """Build `model.DTYPE.plan` and its JSON from `model.DTYPE.onnx` of the working copy; returns what was built.
 
-    profiles: `profiles.chat_profiles` by default. onnx_path: another graph beside the shards; its plan takes its name.
+    profiles: `profiles.chat_profiles` by default. onnx_path: another graph next to the shards, which names the plan.
     progress is called with a phase, its steps done and all its steps: parsing, TensorRT's own phases, writing. Nothing
-    is left half-written: the plan appears under its name when all of it is on the disk, and a plan without a matching
+    is left half-written: the plan appears under its name once all of it is on the disk, and a plan without a matching
     JSON is refused.
-    Raises WorkbookError for a missing or unreadable graph, an option that the package has not, a full disk.
+    Raises WorkbookError for a missing or unreadable graph, an option that the package does not have, too little memory
+    or disk.
     """
     options = options or BuildOptions()
-    tensorrt_package.settle_tf32(options.tf32)
-    chosen = tensorrt_package.choose(package, building=True)
-    check_options(options, chosen)
-    source = onnx_path or plan_info.plan_path(checkpoint, dtype).with_suffix(".onnx")
-    holds_weights = any(tensor.external_data for tensor in load_graph(source).graph.initializer)
     profiles = list(profiles or chat_profiles(checkpoint))
-    if holds_weights:
-        check_room(checkpoint, dtype, source.with_suffix(".plan"))
-    started = time.perf_counter()
-    trt = chosen.module
-    log = make_log(trt)
-    progress(f"Parsing {source.name}", 0, 1)
-    builder, network, parser = _parse(trt, log, source)
-    if not options.fp16_sums:
-        fp32_accumulation.round_once(trt, network)
-    progress(f"Parsing {source.name}", 1, 1)
-    config = builder.create_builder_config()
-    monitor = make_monitor(trt, progress)
-    config.progress_monitor = monitor
-    _apply(trt, config, options)
-    wide_enough = profiles if holds_weights else [profile.of_two_rows() for profile in profiles]
-    shapes = add_profiles(builder, network, config, wide_enough)
+    source = onnx_path or plan_info.plan_path(checkpoint, dtype).with_suffix(".onnx")
     plan = source.with_suffix(".plan")
-    expected = engine_weights(checkpoint, dtype) if holds_weights else 0  # nearly all of a large plan
-
-    def written(count: int, last: bool = False) -> None:
-        progress(f"Writing {plan.name}, KB", count // 1000, count // 1000 if last else max(count, expected) // 1000 + 1)
-
-    with replacing(plan) as temporary:
-        with temporary.open("wb") as stream:
-            writer = make_writer(trt, stream, written)
-            try:
-                with interruptible(monitor):
-                    done = builder.build_serialized_network_to_stream(network, config, writer)
-            finally:
-                writer.settle()
-            _check_built(done, monitor, writer, log, plan)
-            written(writer.written, last=True)
-        info = PlanInfo(
-            chosen.name, chosen.version, list(options.targets), options.names(), dtype, profiles,
-            _tensors(network, shapes), source.name, plan_info.file_blake3(source), code_sha256(checkpoint.code),
-            plan_info.weights_sha256(checkpoint), writer.written, writer.hexdigest(),
-            round(time.perf_counter() - started, 2),
-        )  # fmt: skip
-        plan_info.info_path(plan).unlink(missing_ok=True)  # from here to its rewriting the plan is refused, not misread
+    tensorrt_package.settle_tf32(options.tf32)
+    selected = tensorrt_package.choose(package, building=True)
+    check_options(options, selected)
+    started = time.perf_counter()
+    weights = 0
+    if any(tensor.external_data for tensor in load_graph(source).graph.initializer):
+        weights = engine_weights(checkpoint, dtype)
+        check_room(checkpoint, dtype, plan)
+    # Where weights are inputs, TensorRT-RTX needs profiles of two rows.
+    built_for = profiles if weights else [profile.of_two_rows() for profile in profiles]
+    tensors, writer, phases = _write_plan(selected.module, source, plan, built_for, options, weights, progress)
+    info = PlanInfo(
+        package=selected.name,
+        version=selected.version,
+        compute_capabilities=list(options.targets),
+        options=options.names(),
+        dtype=dtype,
+        profiles=profiles,
+        tensors=tensors,
+        onnx=source.name,
+        onnx_blake3=plan_info.file_blake3(source),
+        code_sha256=code_sha256(checkpoint.code),
+        weights_sha256=plan_info.weights_sha256(checkpoint),
+        plan_bytes=writer.written,
+        plan_blake3=writer.hexdigest(),
+        seconds=round(time.perf_counter() - started, 2),
+    )
     plan_info.write_info(plan, info)
-    del parser  # it owns the mapped weights until here
-    return BuildReport(plan, info, chosen, monitor.phases)
-
-
-def check_room(checkpoint: Checkpoint, dtype: str, plan: Path) -> None:
-    """Refuse a build that this machine has no memory or no disk for, before it has taken any."""
-    memory, disk = predict_build(checkpoint, dtype)
-    if memory > free_memory():
-        lower = f" `--dtype fp16` needs {predict_build(checkpoint, 'fp16')[0] / 1e9:.1f}." if dtype == "fp32" else ""
-        raise WorkbookError(
-            f"building {plan.name} needs {memory / 1e9:.1f} GB of memory, and {free_memory() / 1e9:.1f} are free, swap "
-            f"counted: end what takes it, or add swap.{lower}"
-        )
-    free = shutil.disk_usage(plan.parent).free
-    if disk > free:
-        raise WorkbookError(
-            f"{plan} will take {disk / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} free: make room, or remove an "
-            "older plan; it is replaced only when the new one is whole."
-        )
-
-
-def free_memory() -> int:
-    """Bytes that can still be taken, swap counted, and no more than the container's limit leaves."""
-    free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    return BuildReport(plan, info, selected, phases)
 
 
 def check_options(options: BuildOptions, package: Package) -> None:
-    """Refuse what the package does not have, rather than let it be ignored with a warning."""
+    """Refuse options that the package does not have, rather than let it ignore them with a warning."""
     if package.name == "tensorrt-rtx":
         for name, why in (
             ("hardware_compatible", "its plans run on every GPU that it supports as they are"),
@@ -176,9 +136,49 @@ def check_options(options: BuildOptions, package: Package) -> None:
         for target in options.targets:
             if target.replace(".", "") not in known:
                 texts = ", ".join(f"{name[:-1]}.{name[-1]}" for name in known)
-                raise WorkbookError(f"tensorrt-rtx does not build for compute capability {target}: choose of {texts}.")
+                raise WorkbookError(
+                    f"tensorrt-rtx does not build for compute capability {target}: choose one of {texts}."
+                )
     elif options.targets:
         raise WorkbookError("the full tensorrt builds for the GPU it runs on: leave --target out.")
+
+
+def _write_plan(
+    trt: Any,
+    source: Path,
+    plan: Path,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    weights: int,
+    progress: Progress,
+) -> tuple[list[Tensor], Any, dict[str, tuple[float, int]]]:
+    """Parse the graph, build it and write the plan, which replaces an older one when it is complete.
+
+    weights: bytes of weights in the graph, which make up most of a large plan, to estimate its size for the progress.
+    Returns the engine's inputs and outputs, the stream writer, and the phases of the build.
+    """
+    log, monitor = make_log(trt), make_monitor(trt, progress)
+    progress(f"Parsing {source.name}", 0, 1)
+    builder, network, parser = _parse(trt, log, source)
+    if not options.fp16_sums:
+        accumulate_in_fp32(trt, network)
+    progress(f"Parsing {source.name}", 1, 1)
+    config = _configure(trt, builder, options, monitor)
+    shapes = add_profiles(builder, network, config, profiles)
+
+    writing = f"Writing {plan.name}, KB"
+
+    def report(count: int) -> None:
+        progress(writing, count // 1000, max(count, weights) // 1000 + 1)
+
+    with replacing(plan) as temporary:
+        with plan_writer(trt, temporary, report) as writer, interruptible(monitor):
+            done = builder.build_serialized_network_to_stream(network, config, writer)
+        _check_built(done, monitor, writer, log, plan)
+        progress(writing, writer.written // 1000, writer.written // 1000)
+        plan_info.info_path(plan).unlink(missing_ok=True)  # until it is written again the plan is refused, not misread
+    del parser  # it owns the mapped weights until here
+    return _tensors(trt, network, shapes), writer, monitor.phases
 
 
 def _parse(trt: Any, log: Any, source: Path) -> tuple[Any, Any, Any]:
@@ -191,7 +191,9 @@ def _parse(trt: Any, log: Any, source: Path) -> tuple[Any, Any, Any]:
     return builder, network, parser
 
 
-def _apply(trt: Any, config: Any, options: BuildOptions) -> None:
+def _configure(trt: Any, builder: Any, options: BuildOptions, monitor: Any) -> Any:
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.version_compatible:
@@ -204,34 +206,34 @@ def _apply(trt: Any, config: Any, options: BuildOptions) -> None:
         config.num_compute_capabilities = len(options.targets)
         for index, target in enumerate(options.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
+    return config
 
 
-def add_profiles(
-    builder: Any, network: Any, config: Any, profiles: Sequence[Profile]
-) -> dict[str, list[list[list[int]]]]:
-    """Give the builder its profiles; returns, by input, what was set."""
+def add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[Profile]) -> Shapes:
+    """Give the builder its profiles; returns what was set."""
     dims = {}
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         named = [tensor.get_dimension_name(axis) if size < 0 else size for axis, size in enumerate(tensor.shape)]
         dims[tensor.name] = named
-    shapes: dict[str, list[list[list[int]]]] = {name: [] for name in dims}
+    shapes: Shapes = {name: [] for name in dims}
     for profile in profiles:
-        made = builder.create_optimization_profile()
+        trt_profile = builder.create_optimization_profile()
         for name, named in dims.items():
-            low, typical, high = profile.shapes(named)
-            made.set_shape(name, low, typical, high)
-            shapes[name].append([list(low), list(typical), list(high)])
-        if config.add_optimization_profile(made) < 0:
-            raise WorkbookError(f"TensorRT does not take the profile {profile}: its ranges contradict the graph.")
+            sizes = profile.shapes(named)
+            trt_profile.set_shape(name, *sizes)
+            shapes[name].append([list(shape) for shape in sizes])
+        if config.add_optimization_profile(trt_profile) < 0:
+            raise WorkbookError(f"TensorRT rejects the profile {profile}: its ranges contradict the graph.")
     return shapes
 
 
-def _tensors(network: Any, shapes: dict[str, list[list[list[int]]]]) -> list[Tensor]:
-    def describe(tensor: Any, mode: str) -> Tensor:
-        return Tensor(tensor.name, mode, dtype_name(tensor.dtype), list(tensor.shape), shapes.get(tensor.name, []))
-
-    inputs = [describe(network.get_input(index), "input") for index in range(network.num_inputs)]
-    return inputs + [describe(network.get_output(index), "output") for index in range(network.num_outputs)]
+def _tensors(trt: Any, network: Any, shapes: Shapes) -> list[Tensor]:
+    inputs = [("input", network.get_input(index)) for index in range(network.num_inputs)]
+    outputs = [("output", network.get_output(index)) for index in range(network.num_outputs)]
+    return [
+        Tensor(each.name, mode, np.dtype(trt.nptype(each.dtype)).name, list(each.shape), shapes.get(each.name, []))
+        for mode, each in inputs + outputs
+    ]
 
 
 def _check_built(done: bool, monitor: Any, writer: Any, log: Any, plan: Path) -> None:

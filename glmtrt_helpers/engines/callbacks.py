@@ -1,6 +1,6 @@
-"""What TensorRT calls back into: its log, the progress of a build, the stream that a plan is written to.
+"""What TensorRT calls back into: a logger, a progress monitor, and a stream writer for the plan.
 
-The classes derive from the chosen module's own, so they are made once the module is known. No exception may pass from
+The classes derive from those of the selected module, so they are made once that is known. No exception may pass from
 them into TensorRT: it is kept, and raised by whoever called TensorRT.
 """
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any
 
 from blake3 import blake3
@@ -29,16 +30,16 @@ def make_log(trt: Any) -> Any:
                 self.errors.append(message)
 
         def first_error(self) -> str:
-            """The first error, which is nearest to the cause, on one line."""
+            """The first error, the closest to the cause, on one line."""
             return " ".join(self.errors[0].split())[:400] if self.errors else "it gave no reason"
 
     return Log()
 
 
 def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """A progress monitor that passes steps on and keeps time; once `interrupted`, the build ends at its next step.
+    """A progress monitor that reports and times every phase; once `interrupted`, the build ends at its next step.
 
-    Its `phases` maps each phase to its seconds and steps.
+    progress is called with a phase, its steps done and all its steps. phases: seconds and steps of each phase.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -50,19 +51,19 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self._started[phase] = (time.perf_counter(), steps)
-            self._tell(phase, 0)
+            self._report(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            self._tell(phase, step + 1)
+            self._report(phase, step + 1)
             return not self.interrupted
 
         def phase_finish(self, phase: str) -> None:
             started, steps = self._started[phase]
-            seconds, before = self.phases.get(phase, (0.0, 0))  # a phase may come again
+            seconds, before = self.phases.get(phase, (0.0, 0))  # a phase may run again
             self.phases[phase] = (seconds + time.perf_counter() - started, before + steps)
-            self._tell(phase, steps)
+            self._report(phase, steps)
 
-        def _tell(self, phase: str, done: int) -> None:
+        def _report(self, phase: str, done: int) -> None:
             progress(phase, done, self._started[phase][1])
 
     return Monitor()
@@ -70,26 +71,37 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
 
 @contextlib.contextmanager
 def interruptible(monitor: Any) -> Iterator[None]:
-    """While the block runs, Ctrl-C sets `monitor.interrupted` instead of raising inside one of TensorRT's callbacks."""
+    """Within the block, Ctrl-C sets `monitor.interrupted` instead of raising inside one of TensorRT's callbacks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def note(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         monitor.interrupted = True
 
-    previous = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
-def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) -> Any:
-    """A stream writer over an open file that tells how many bytes it has; keeps the error of a write that failed.
+@contextlib.contextmanager
+def plan_writer(trt: Any, path: Path, progress: Callable[[int], None]) -> Iterator[Any]:
+    """A stream writer into a new file, which is closed at the end of the block. progress is called with its bytes."""
+    with path.open("wb", buffering=0) as stream:  # a buffer would tell of a full disk only when it is flushed
+        writer = _make_writer(trt, stream, progress)
+        try:
+            yield writer
+        finally:
+            writer.finish()
 
-    Pieces, of at most 64 MB, are hashed as they come. What is written goes on to the disk while the builder makes more,
-    not all at once when it is done.
+
+def _make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) -> Any:
+    """written: bytes so far. error: the first failure of a write, on which the build ends.
+
+    Pieces, of at most 64 MB, are hashed as they come. A thread syncs them to the disk while the builder makes more,
+    rather than all at once at the end.
     """
 
     class Writer(trt.IStreamWriter):
@@ -97,38 +109,39 @@ def make_writer(trt: Any, stream: IO[bytes], progress: Callable[[int], None]) ->
             trt.IStreamWriter.__init__(self)
             self.written = 0
             self.error: OSError | None = None
-            self._digest = blake3(max_threads=blake3.AUTO)
-            self._disk = ThreadPoolExecutor(1)
-            self._synced = self._disk.submit(self._sync)
+            self._hash = blake3(max_threads=blake3.AUTO)
+            self._thread = ThreadPoolExecutor(1)
+            self._syncing = self._thread.submit(self._sync)
 
         def write(self, data: bytes) -> int:
             if not self.written:
                 progress(0)
-            self._digest.update(data)
+            self._hash.update(data)
             try:
-                stream.write(data)
-                stream.flush()  # or a full disk would show only when the file is closed
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[stream.write(rest) :]
             except OSError as error:
                 self.error = self.error or error
                 return 0
             self.written += len(data)
-            if self._synced.done():
-                self._synced = self._disk.submit(self._sync)
+            if self._syncing.done():
+                self._syncing = self._thread.submit(self._sync)
             progress(self.written)
             return 0 if self.error else len(data)
 
         def _sync(self) -> None:
-            # The system tells of a write that failed on its way to the disk once: nobody would hear of it later.
+            # The system reports a write that failed on its way to the disk only once, to the next sync.
             try:
                 os.fdatasync(stream.fileno())
             except OSError as error:
                 self.error = self.error or error
 
-        def settle(self) -> None:
-            """Wait for what still works on the file: to be called before it is closed."""
-            self._disk.shutdown()
+        def finish(self) -> None:
+            """Wait for the sync that still runs: before the file is closed."""
+            self._thread.shutdown()
 
         def hexdigest(self) -> str:
-            return self._digest.hexdigest()
+            return self._hash.hexdigest()
 
     return Writer()

@@ -1,4 +1,4 @@
-"""The CUDA calls of the TensorRT sessions: memory, streams, copies, graphs. Every status is checked."""
+"""The CUDA calls of the TensorRT sessions: memory, copies, streams, events, graphs. Every status is checked."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ ALIGNMENT = 256
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:
-    """The values of a CUDA call behind its status. Raises WorkbookError for any other status than success."""
+    """The values that follow the status in the result of a call of CUDA's runtime, its driver or NVRTC.
+
+    Raises WorkbookError for any other status than success.
+    """
     status, *values = result
-    if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
-        cudart.cudaGetLastError()  # or the next call would report this one again
-        raise out_of_memory(what)
-    if status != cudart.cudaError_t.cudaSuccess:
-        reason = cudart.cudaGetErrorString(status)[1].decode()
-        raise WorkbookError(f"CUDA could not {what}: {reason} ({status.name}); see `glmtrt doctor`.")
+    if int(status) != 0:
+        reason = ""
+        if isinstance(status, cudart.cudaError_t):  # elsewhere the same numbers mean other things
+            if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
+                cudart.cudaGetLastError()  # or the next call would report this one again
+                raise out_of_memory(what)
+            reason = f": {cudart.cudaGetErrorString(status)[1].decode()}"
+        raise WorkbookError(f"CUDA could not {what}{reason} ({status.name}); see `glmtrt doctor`.")
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def out_of_memory(what: str) -> WorkbookError:
+    """The error of a GPU that has too little memory to `what`, with how much of it is free."""
     status, free, total = cudart.cudaMemGetInfo()
     room = "" if status != cudart.cudaError_t.cudaSuccess else f" ({free / 1e9:.2f} of {total / 1e9:.2f} GB are free)"
     return WorkbookError(
@@ -46,34 +52,34 @@ def free_device_memory() -> int:
 
 
 def aligned(nbytes: int) -> int:
-    """As many bytes, or some more, that the next tensor starts where every kernel can read it; never none."""
+    """nbytes rounded up to a multiple of ALIGNMENT, at least one: a tensor that starts after them is aligned, too."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
-def whole(tokens: int, nbytes: int) -> int:
-    """So many tokens of so many bytes each, or a few more, that what follows them starts likewise."""
-    step = ALIGNMENT // math.gcd(ALIGNMENT, nbytes)
-    return -(-tokens // step) * step
+def aligned_tokens(tokens: int, nbytes: int) -> int:
+    """tokens of nbytes each, rounded up until what follows them is aligned."""
+    multiple = ALIGNMENT // math.gcd(ALIGNMENT, nbytes)
+    return -(-tokens // multiple) * multiple
 
 
 class DeviceMemory:
-    """One allocation on the device. Its address is never null, since TensorRT wants one for empty tensors, too."""
+    """One allocation on the device. It is never empty, since TensorRT requires an address even for empty tensors."""
 
     def __init__(self, nbytes: int, what: str):
         self.nbytes = aligned(nbytes)
         self.address = int(check(cudart.cudaMalloc(self.nbytes), f"hold {what}, {nbytes / 1e6:.1f} MB"))
 
     def divide(self, sizes: Mapping[str, int]) -> dict[str, Buffer]:
-        """Places for tensors of these sizes in bytes, one behind the other."""
-        places, at = {}, self.address
+        """Buffers of these sizes in bytes, one after the other."""
+        buffers, address = {}, self.address
         for name, nbytes in sizes.items():
-            places[name] = Buffer(at, nbytes)
-            at += aligned(nbytes)
-        assert at <= self.address + self.nbytes
-        return places
+            buffers[name] = Buffer(address, nbytes)
+            address += aligned(nbytes)
+        assert address <= self.address + self.nbytes
+        return buffers
 
     def clear(self) -> None:
-        """Zeros everywhere."""
+        """Fill it with zeros."""
         check(cudart.cudaMemset(self.address, 0, self.nbytes), "clear memory")
 
     def free(self) -> None:
@@ -84,7 +90,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A place on the device: its address, and how many bytes belong to it."""
+    """A part of an allocation on the device: its address, and its size in bytes."""
 
     address: int
     nbytes: int
@@ -93,17 +99,15 @@ class Buffer:
         """Copy a contiguous host array to the start of the buffer; returns once the array may be changed."""
         if array.nbytes > self.nbytes:
             raise WorkbookError(f"{array.nbytes:,} bytes do not fit a buffer of {self.nbytes:,}.")
-        if array.nbytes:
+        if array.nbytes:  # pageable memory is staged before the call returns
             check(
                 cudart.cudaMemcpyAsync(self.address, array.ctypes.data, array.nbytes, TO_DEVICE, stream),
                 "copy an input to the GPU",
             )
 
-            # Pageable memory is staged before the call returns, so the array may go.
-
 
 def read_rows(target: np.ndarray, address: int, pitch: int, stream: Any) -> None:
-    """Copy rows that lie `pitch` bytes apart on the device into a contiguous host array (rows, ...), and wait."""
+    """Copy rows that are `pitch` bytes apart on the device into a contiguous host array (rows, ...), and wait."""
     if not target.nbytes:
         return
     width = target.nbytes // len(target)
@@ -126,18 +130,16 @@ def destroy_stream(stream: Any) -> None:
     check(cudart.cudaStreamDestroy(stream), "destroy a stream")
 
 
-def copy_rows(
-    target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, stream: Any, kind: Any = WITHIN
-) -> None:
-    """Copy height rows of width bytes, from rows `pitch` bytes apart to rows `target_pitch` bytes apart."""
+def copy_rows(target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, stream: Any) -> None:
+    """Copy `height` rows of `width` bytes on the device; pitch, target_pitch: bytes from one row to the next."""
     check(
-        cudart.cudaMemcpy2DAsync(target, target_pitch, source, pitch, width, height, kind, stream),
+        cudart.cudaMemcpy2DAsync(target, target_pitch, source, pitch, width, height, WITHIN, stream),
         "copy rows into the cache",
     )
 
 
 class Pinned:
-    """An array on the host that the GPU writes into while the program goes on."""
+    """An array in page-locked host memory, which the GPU writes to while the program goes on."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -146,7 +148,7 @@ class Pinned:
         self.array = np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
 
     def receive(self, row: int, source: Buffer, stream: Any) -> None:
-        """Begin to copy into one row; it is there once an event behind it has come."""
+        """Start to copy into one row; the copy is done when an event that is recorded after it has occurred."""
         width = self.array[row].nbytes
         check(
             cudart.cudaMemcpyAsync(self.address + row * width, source.address, width, TO_HOST, stream),
@@ -158,7 +160,7 @@ class Pinned:
 
 
 def new_event() -> Any:
-    """A point in a stream, with its time."""
+    """An event, which `mark` puts into a stream; it keeps the time."""
     return check(cudart.cudaEventCreate(), "create an event")
 
 
@@ -179,7 +181,7 @@ def destroy_event(event: Any) -> None:
 
 
 def capture(work: Callable[[], None], stream: Any) -> Any:
-    """What `work` enqueues on the stream, as a graph that `launch` runs at once; nothing runs now."""
+    """A graph of all that `work` enqueues on the stream, for `launch`; nothing runs now."""
     mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     check(cudart.cudaStreamBeginCapture(stream, mode), "begin to capture a graph")
     try:

@@ -1,9 +1,8 @@
-"""TODO."""
+"""Notebook 05: an engine whose inner tensors are outputs, to compare it with PyTorch layer by layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.engines import plan_info
@@ -11,29 +10,24 @@ from glmtrt_helpers.engines.builder import build_engine
 from glmtrt_helpers.engines.profiles import Profile, Range
 from glmtrt_helpers.engines.session import TensorRTSession
 from glmtrt_helpers.graphs.layer_errors import mark_layers
-from glmtrt_helpers.graphs.reference import LAYER_CASE
-
-if TYPE_CHECKING:
-    from glmtrt_helpers.graphs.reference import Case
+from glmtrt_helpers.graphs.reference import LAYER_CASE, Case
 
 
 def layer_session(
-    checkpoint: Checkpoint, dtype: str, case: Case | None = None, onnx_path: Path | None = None
+    checkpoint: Checkpoint, dtype: str, case: Case = LAYER_CASE, onnx_path: Path | None = None
 ) -> TensorRTSession:
-    """An engine of the graph at onnx_path, for one case, whose outputs include its inner tensors, for `compare_layers`.
+    """A session for `compare_layers`: an engine of the graph at onnx_path for one case, its inner tensors as outputs.
 
-    Nothing of it stays on the disk. What becomes an output cannot be fused away: the engine is a little slower, and
-    may round at other places, than the one that is looked into. case: `reference.LAYER_CASE` by default.
+    The graph and the engine are deleted once the session is open. What is an output cannot be fused away: this engine
+    is a little slower, and may round in other places, than the one that it stands for.
     """
-
-    case = case or LAYER_CASE
     source = onnx_path or plan_info.plan_path(checkpoint, dtype).with_suffix(".onnx")
     marked = source.with_name(f"{source.stem}.marked.onnx")
     plan = marked.with_suffix(".plan")
-    exact = [Range(n, n, n) for n in (case.batch, case.sequence, case.past)]
+    batch, sequence, past = (Range(size, size, size) for size in (case.batch, case.sequence, case.past))
     try:
         mark_layers(source, marked, checkpoint.num_layers)
-        build_engine(checkpoint, dtype, [Profile(case.name, *exact)], onnx_path=marked)
+        build_engine(checkpoint, dtype, [Profile(case.name, batch, sequence, past)], onnx_path=marked)
         return TensorRTSession.open(checkpoint, dtype, plan)
     finally:
         for file in (marked, plan, plan_info.info_path(plan)):

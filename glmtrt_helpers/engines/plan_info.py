@@ -1,7 +1,7 @@
-"""What stands beside an engine: `model.fp16.plan.json` says how it was built, so that a wrong one is refused early.
+"""The JSON next to a plan, `model.fp16.plan.json`: how the engine was built, so that a wrong one is refused early.
 
-TensorRT says little about a plan that it does not like, and only where there is a GPU. So the build writes down what
-it read and what it wrote, and `open_plan` compares that with the files and packages as they are now.
+TensorRT says little about a plan that it rejects, and only where there is a GPU. So the build records what it read and
+what it wrote, and `open_plan` compares that with the files and packages as they are now.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
@@ -25,19 +24,18 @@ from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.core.tensorrt_package import Package
 from glmtrt_helpers.engines.profiles import Profile
 
-
-def dtype_name(kind: Any) -> str:
-    """TensorRT's type by NumPy's name."""
-    return {"HALF": "float16", "FLOAT": "float32", "BOOL": "bool"}.get(kind.name, kind.name.lower())
-
-
-FORMAT = 2
-SAMPLE = 4096
+FORMAT = 2  # of the JSON
+SAMPLE = 4096  # bytes, read twice from every weight for their fingerprint
+LARGE_PLAN = 10**9  # bytes; above, a plan is hashed once per process
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One IO tensor. mode: "input" or "output". profiles: for an input, min, opt and max shape of every profile."""
+    """One input or output of an engine.
+
+    mode: "input" or "output". dtype: NumPy's name. shape: -1 where dynamic. profiles: of an input, the min, opt and max
+    shape in every profile.
+    """
 
     name: str
     mode: str
@@ -48,7 +46,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """What the build wrote down. Sizes in bytes; compute_capabilities is empty where the plan fits every listed GPU."""
+    """What the build recorded. compute_capabilities: empty if the plan runs on every GPU that the package supports."""
 
     package: str
     version: str
@@ -91,7 +89,7 @@ def write_info(plan: Path, info: PlanInfo) -> None:
 
 
 def read_info(plan: Path) -> PlanInfo:
-    """The JSON beside a plan. Raises WorkbookError where either is missing or the JSON is not one of ours."""
+    """The JSON next to a plan. Raises WorkbookError if either is missing or the JSON cannot be read."""
     again = f"run notebook 05_build_profiles or `glmtrt build {plan.parent}{cli_options(plan)}`"
     if not plan.exists():
         raise WorkbookError(f"{plan} is missing: {again}.")
@@ -110,43 +108,47 @@ def read_info(plan: Path) -> PlanInfo:
 
 
 def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:
-    """The JSON of an engine that may be used. Raises WorkbookError for a truncated, foreign or stale one.
+    """The JSON of an engine, once the plan is known to be the one described there, and up to date.
 
-    No GPU is looked for, and nothing of TensorRT is loaded.
+    Neither a GPU nor TensorRT is needed. Raises WorkbookError for a plan that is truncated or damaged, was built by
+    another package, or from another graph, source or weights.
     """
     info = read_info(plan)
     fast = " --fast" if is_part(plan) else ""
     again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}{fast}`"
     size = plan.stat().st_size
     if size != info.plan_bytes:
-        raise WorkbookError(f"{plan} has {size:,} bytes, {info.plan_bytes:,} were written, so it is cut: {again}.")
-    here = tensorrt_package.version(info.package)
-    if here is None:
+        raise WorkbookError(f"{plan} is truncated: {size:,} of {info.plan_bytes:,} bytes; {again}.")
+    installed = tensorrt_package.version(info.package)
+    if installed is None:
         raise WorkbookError(f"{plan} was built by {info.package}, which is not installed: {again}, or install it.")
-    if here != info.version and not (info.version_compatible and release(here) > release(info.version)):
+    if installed != info.version and not (info.version_compatible and release(installed) > release(info.version)):
         raise WorkbookError(
-            f"{plan} was built by {info.package} {info.version}, here is {here}, which does not load it: {again}, or "
+            f"{plan} was built by {info.package} {info.version}; the installed {installed} cannot load it: {again}, or "
             "install that release."
         )
     _check_sources(checkpoint, plan, info, again)
     if file_blake3(plan) != info.plan_blake3:
-        raise WorkbookError(f"{plan} does not hold the bytes that were written, it was damaged or replaced: {again}.")
+        raise WorkbookError(f"{plan} was damaged or replaced since it was built (its hash differs): {again}.")
     return info
 
 
 def check_plan(checkpoint: Checkpoint, plan: Path) -> tuple[Path, PlanInfo, Package]:
-    """The plan, its JSON and the package that runs it. The JSON is asked before any GPU is looked for."""
+    """The plan, its JSON and the package that runs it here. The JSON is checked before a GPU is looked for.
+
+    Raises WorkbookError as `open_plan` does, without a GPU, and for a GPU that plan or package does not support.
+    """
     info = open_plan(checkpoint, plan)
     cards = tensorrt_package.gpus()
     if not cards:
         raise WorkbookError(
-            "there is no GPU here, or its driver does not answer, and an engine runs only on one: take the "
-            "backend ort or torch, and see `glmtrt doctor`."
+            "no GPU, or its driver does not answer; an engine needs one: use the backend ort or torch, see "
+            "`glmtrt doctor`."
         )
     here = tensorrt_package.capability_text(cards[0])
     if info.compute_capabilities and here not in info.compute_capabilities:
         raise WorkbookError(
-            f"{plan} was built for compute capability {', '.join(info.compute_capabilities)} only, the "
+            f"{plan} was built only for compute capability {', '.join(info.compute_capabilities)}, the "
             f"{cards[0].name} has {here}: build it again without --target, or with --target {here}."
         )
     tensorrt_package.settle_tf32(info.tf32)
@@ -154,13 +156,13 @@ def check_plan(checkpoint: Checkpoint, plan: Path) -> tuple[Path, PlanInfo, Pack
 
 
 def _check_sources(checkpoint: Checkpoint, plan: Path, info: PlanInfo, again: str) -> None:
-    """The graph, the source and the weights that the plan was made of are those in the working copy."""
+    """The graph, the source and the weights in the working copy are those that the plan was built from."""
     onnx = plan.parent / info.onnx
     if not onnx.exists() or file_blake3(onnx) != info.onnx_blake3:
-        raise WorkbookError(f"{plan} was built from another {info.onnx} than the one beside it: {again}.")
+        raise WorkbookError(f"{plan} was built from another {info.onnx} than the one next to it: {again}.")
     if code_sha256(checkpoint.code) != info.code_sha256:
         raise WorkbookError(
-            f"{plan} was built from another state of {checkpoint.code.name}: export with `glmtrt export "
+            f"{plan} was built from another version of {checkpoint.code.name}: export with `glmtrt export "
             f"{plan.parent}{cli_options(onnx)}`, then {again}."
         )
     if weights_sha256(checkpoint) != info.weights_sha256:
@@ -172,12 +174,12 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def file_blake3(path: Path) -> str:
-    """Of a large plan, whose 12 GB may have to come from the disk, once per process; one that was touched, again.
+    """BLAKE3 of a file, in hex, as `b3sum` prints it; SHA-256 would take twelve seconds for a plan of 12 GB.
 
-    BLAKE3 and not SHA-256, which takes twelve seconds for so much; `b3sum` prints the same.
+    A large file is read once per process, and again if it has changed.
     """
     stat = path.stat()
-    if stat.st_size < 10**9:
+    if stat.st_size < LARGE_PLAN:
         return _read_blake3(path)
     return _large_blake3(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
@@ -192,9 +194,9 @@ def _read_blake3(path: Path) -> str:
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
-    """A fingerprint of the weights: names, places, and the first and middle bytes of every tensor.
+    """A fingerprint of the weights: name, dtype, shape and offset of every tensor, and bytes at its start and middle.
 
-    Reading all of 13 GB at each start would take longer than loading the engine; retrained or merged weights differ
+    Reading all 13 GB at every start would take longer than loading the engine, and retrained or merged weights differ
     everywhere.
     """
     digest = hashlib.sha256()
@@ -204,21 +206,21 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
                 if tensor.file != file or tensor.offset is None:
                     continue
                 digest.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.offset}".encode())
-                for at in (0, tensor.nbytes // 2):
-                    stream.seek(tensor.offset + at)
-                    digest.update(stream.read(min(SAMPLE, tensor.nbytes - at)))
+                for start in (0, tensor.nbytes // 2):
+                    stream.seek(tensor.offset + start)
+                    digest.update(stream.read(min(SAMPLE, tensor.nbytes - start)))
     return digest.hexdigest()
 
 
 def tensor_rows(tensors: Sequence[Tensor], profile: int) -> list[tuple[str, ...]]:
-    """Rows (name, mode, dtype, shape, min, opt, max) of one profile, as the table of `glmtrt build` prints them."""
+    """Rows (name, mode, dtype, shape, min, opt, max) of one profile; an output has no min, opt and max."""
     rows = []
     for tensor in tensors:
-        shapes: list[Any] = tensor.profiles[profile] if tensor.profiles else ["", "", ""]
-        texts = (_shape(shape) for shape in (tensor.shape, *shapes))
-        rows.append((tensor.name, tensor.mode, tensor.dtype, *texts))
+        shapes = map(_shape_text, tensor.profiles[profile]) if tensor.profiles else ["", "", ""]
+        rows.append((tensor.name, tensor.mode, tensor.dtype, _shape_text(tensor.shape), *shapes))
     return rows
 
 
-def _shape(shape: Sequence[int] | str) -> str:
-    return shape if isinstance(shape, str) else "x".join("?" if size < 0 else str(size) for size in shape)
+def _shape_text(shape: Sequence[int]) -> str:
+    """As in "?x1x4x16"."""
+    return "x".join("?" if size < 0 else str(size) for size in shape)

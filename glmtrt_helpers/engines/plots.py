@@ -1,4 +1,4 @@
-"""TODO."""
+"""Notebook 05: profiles and recorded calls, the phases of a build, and GPU memory, predicted and measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -16,75 +17,85 @@ from glmtrt_helpers.core.display import ALARM, DECODE, PREFILL
 from glmtrt_helpers.engines.memory_prediction import EngineMemory
 from glmtrt_helpers.engines.profiles import Profile, describe
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # recording imports PyTorch
     from glmtrt_helpers.inputs.recording import Call
 
-MEMORY_COLOURS = ("#2f4b6e", "#3b75af", "#9ebcda", "#e08214")
+PARTS = {
+    "weights": ("weights", "#2f4b6e"),
+    "cache": ("cache", "#3b75af"),
+    "io": ("inputs and logits", "#9ebcda"),
+    "activations": ("activations", "#e08214"),
+}
+CARDS = (16, 24, 32, 48)  # GB
+TITLE = "What the engine is built for (star: opt) and the recorded calls"
 
 
-def draw_profiles(profiles: Sequence[Profile], calls: Sequence[Call] = (), title: str = "") -> Figure:
-    """The profiles as boxes over (past, sequence), with the shapes that a chat asked for; those outside are marked."""
+def draw_profiles(profiles: Sequence[Profile], calls: Sequence[Call] = (), title: str = TITLE) -> Figure:
+    """Profiles as rectangles over past and sequence, and recorded calls, with those outside every profile marked."""
     figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for profile, colour in zip(profiles, (PREFILL, DECODE, "#777777"), strict=False):
-        past, sequence = profile.past, profile.sequence
-        # Half a token around it, so that a box that is one token thin can be seen on a logarithmic axis.
-        x, y = _edges(past.min, past.max), _edges(sequence.min, sequence.max)
-        axis.add_patch(
-            Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], facecolor=colour, alpha=0.25, edgecolor=colour,
-                      label=describe(profile))
-        )  # fmt: skip
-        axis.plot([past.opt], [sequence.opt], marker="*", markersize=11, color=colour, linestyle="")
-    asked = sorted({(call.past, call.sequence, call.shapes["input_ids"][0]) for call in calls})
-    inside = [any(profile.covers(b, s, p) for profile in profiles) for p, s, b in asked]
-    for fits, colour, label in ((True, "#333333", "asked for"), (False, ALARM, "asked for, outside every profile")):
-        points = [(p, s) for (p, s, _), is_in in zip(asked, inside, strict=True) if is_in is fits]
+        _draw_profile(axis, profile, colour)
+    shapes = sorted({(call.past, call.sequence, call.shapes["input_ids"][0]) for call in calls})
+    for covered, colour, label in (
+        (True, "#333333", "recorded call"),
+        (False, ALARM, "recorded call, outside every profile"),
+    ):
+        points = [(p, s) for p, s, b in shapes if any(profile.covers(b, s, p) for profile in profiles) is covered]
         if points:
-            axis.plot(*zip(*points, strict=True), marker="." if fits else "x", color=colour, linestyle="", label=label)
+            marker = "." if covered else "x"
+            axis.plot(*zip(*points, strict=True), marker=marker, color=colour, linestyle="", label=label)
     axis.set_xscale("symlog", base=2, linthresh=1)
     axis.set_yscale("log", base=2)
-    top = max([p.past.max for p in profiles] + [p for p, _, _ in asked] + [2])
-    axis.set_xlim(-0.6, 2 * top)
-    axis.set_ylim(0.6, 2 * max([p.sequence.max for p in profiles] + [s for _, s, _ in asked]))
+    axis.set_xlim(-0.6, 2 * max([profile.past.max for profile in profiles] + [past for past, _, _ in shapes] + [2]))
+    axis.set_ylim(0.6, 2 * max([profile.sequence.max for profile in profiles] + [size for _, size, _ in shapes]))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axis.set_xlabel("past (tokens in the cache)")
     axis.set_ylabel("sequence (new tokens)")
-    axis.set_title(title or "What the engine is built for (stars: tuned for) and what the chat asked", loc="left")
+    axis.set_title(title, loc="left")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
     plt.close(figure)
     return figure
 
 
-def _edges(low: int, high: int) -> tuple[float, float]:
-    return (-0.4, 0.4) if high == 0 else (low * 0.85, high * 1.15)
+def _draw_profile(axis: Axes, profile: Profile, colour: str) -> None:
+    """With a margin, so that a profile of a single size is visible on a logarithmic axis."""
+    (left, right), (bottom, top) = (
+        (-0.4, 0.4) if size.max == 0 else (0.85 * size.min, 1.15 * size.max)
+        for size in (profile.past, profile.sequence)
+    )
+    area = Rectangle((left, bottom), right - left, top - bottom, facecolor=colour, edgecolor=colour, alpha=0.25)
+    area.set_label(describe(profile))
+    axis.add_patch(area)
+    axis.plot([profile.past.opt], [profile.sequence.opt], marker="*", markersize=11, color=colour, linestyle="")
 
 
 def draw_phases(phases: Mapping[str, tuple[float, int]]) -> Figure:
-    """Seconds that a build spent in each phase; phases contain each other, so they do not add up."""
+    """Seconds of the longest phases of a build; phases contain each other, so they do not add up."""
     longest = sorted(phases.items(), key=lambda item: item[1][0])[-8:]
+    labels = [f"{phase} ({steps:,} steps)" for phase, (_, steps) in longest]
     figure, axis = plt.subplots(figsize=(8, 0.6 + 0.3 * len(longest)), layout="constrained")
-    axis.barh(
-        [f"{phase} ({steps:,} steps)" for phase, (_, steps) in longest], [s for _, (s, _) in longest], color=PREFILL
-    )
-    axis.set_xlabel("seconds, phases inside phases")
+    axis.barh(labels, [seconds for _, (seconds, _) in longest], color=PREFILL)
+    axis.set_xlabel("seconds (phases are nested)")
     plt.close(figure)
     return figure
 
 
 def draw_memory(memory: EngineMemory) -> Figure:
-    """One engine's predicted GPU memory, part by part, beside the sizes of cards."""
+    """The predicted GPU memory of an engine, part by part, against the sizes of common cards."""
     figure, axis = plt.subplots(figsize=(9, 1.7), layout="constrained")
     left = 0.0
-    for (part, nbytes), colour in zip(asdict(memory).items(), MEMORY_COLOURS, strict=True):
-        axis.barh([0], [nbytes / 1e9], left=[left], color=colour, label=f"{part} {nbytes / 1e9:.2f}", height=0.5)
+    for part, nbytes in asdict(memory).items():
+        name, colour = PARTS[part]
+        axis.barh([0], [nbytes / 1e9], left=[left], color=colour, label=f"{name} {nbytes / 1e9:.2f}", height=0.5)
         left += nbytes / 1e9
-    for size in (16, 24, 32, 48):
+    for size in CARDS:
         axis.axvline(size, color="#555555", linestyle=":")
         axis.annotate(f"{size} GB card", (size, 0.42), fontsize=8, ha="right", rotation=0)
     axis.set_ylim(-0.4, 0.6)
     axis.set_xlim(0, max(50.0, 1.05 * left))
     axis.set_yticks([])
-    axis.set_xlabel(f"GB on the GPU, {left:.2f} in all")
+    axis.set_xlabel(f"GB on the GPU, {left:.2f} in total")
     axis.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     plt.close(figure)
     return figure
@@ -95,10 +106,11 @@ def draw_measured_memory(path: Path) -> Figure:
     kept = json.loads(path.read_text(encoding="utf-8"))
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True, layout="constrained")
     labels = [f"{row['batch']} x {row['prompt']}, past {row['past']}" for row in kept["rows"]]
-    for axis, part, colour in zip(axes, ("cache", "io", "activations"), MEMORY_COLOURS[1:], strict=True):
+    for axis, part in zip(axes, ("cache", "io", "activations"), strict=True):
+        name, colour = PARTS[part]
         axis.barh(labels, [row["predicted"][part] / 1e6 for row in kept["rows"]], color=colour, alpha=0.6)
         axis.plot([row["measured"][part] / 1e6 for row in kept["rows"]], labels, "o", color="#222222")
-        axis.set_xlabel(f"{part}, MB")
+        axis.set_xlabel(f"{name}, MB")
     figure.suptitle(f"Largest batch x prompt, past: {kept['about']}", fontsize=10)
     plt.close(figure)
     return figure

@@ -1,20 +1,20 @@
-"""Notebook 05: optimization profiles, taught from what a chat really asks for, and what they cost in memory.
+"""Notebook 05: optimization profiles, fitted to the calls that a chat makes.
 
-A profile is a box: for each moving dimension a smallest, a typical and a largest size. TensorRT tunes for the typical
-and reserves memory for the largest; a request outside every box is refused. A chat needs two boxes: prefill reads a
-whole prompt on an empty past, decode reads one token on a growing past.
+A profile gives each dynamic dimension a min, an opt and a max size. TensorRT tunes kernels for opt and reserves memory
+for max; a shape outside every profile is refused. A chat needs two: prefill reads a whole prompt on an empty past,
+decode reads one token on a growing past.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # recording imports PyTorch
     from glmtrt_helpers.inputs.recording import Call
 
 # THUDM/chatglm-6b, config.json of its last revision.
@@ -31,7 +31,7 @@ TYPICAL_PROMPT, TYPICAL_PAST = 128, 512
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of one dimension: what a profile takes at least, is tuned for, and takes at most."""
+    """The sizes of one dimension: the smallest accepted, the one that kernels are tuned for, the largest accepted."""
 
     min: int
     opt: int
@@ -46,7 +46,7 @@ class Range:
                 raise ValueError
         except ValueError:
             raise WorkbookError(
-                f"{what} {text!r} is no range: give the smallest, the typical and the largest size, as in 1,64,512."
+                f"{what} {text!r} is not a range: give the smallest, the typical and the largest size, as in 1,64,512."
             ) from None
         return cls(*sizes)
 
@@ -56,18 +56,23 @@ class Range:
 
 @dataclass(frozen=True)
 class Profile:
-    """One box in (batch, sequence, past)."""
+    """One optimization profile: the ranges of batch, sequence and past."""
 
     name: str
     batch: Range
     sequence: Range
     past: Range
 
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Profile:
+        """The profile of which `entry` is `dataclasses.asdict`."""
+        return cls(entry["name"], *(Range(**entry[key]) for key in ("batch", "sequence", "past")))
+
     def covers(self, batch: int, sequence: int, past: int) -> bool:
         return batch in self.batch and sequence in self.sequence and past in self.past
 
     def shapes(self, dims: Sequence[int | str]) -> list[tuple[int, ...]]:
-        """The smallest, typical and largest shape of an input whose moving dimensions are named, as the export does."""
+        """The min, opt and max shape of an input. dims: sizes, and the export's names of its dynamic dimensions."""
         shapes = []
         for which in ("min", "opt", "max"):
             sizes = {name: getattr(getattr(self, name), which) for name in ("batch", "sequence", "past")}
@@ -76,30 +81,25 @@ class Profile:
         return shapes
 
     def of_two_rows(self) -> Profile:
-        """The same for two rows at least: where the weights are inputs and a step is of one row by the profile, not by
-        chance, TensorRT-RTX 1.6 transposes every weight at every call (10.5 ms for 4.8 at the real size).
+        """The same with a batch max of at least 2, for graphs whose weights are inputs.
+
+        If the profile allows one row only, TensorRT-RTX 1.6 transposes every weight in every call of such a graph
+        (10.5 ms instead of 4.8 at the real size).
         """
         return replace(self, batch=replace(self.batch, max=max(self.batch.max, 2)))
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Profile:
-        return cls(entry["name"], *(Range(**entry[key]) for key in ("batch", "sequence", "past")))
-
 
 def real_size(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as if it had the real one's sizes, for predictions; it holds no tensors."""
+    """The checkpoint with the sizes of ChatGLM-6B, for predictions; it holds no tensors."""
     return Checkpoint(checkpoint.directory, {**checkpoint.config, **REAL_SIZE}, {})
 
 
 def chat_profiles(
     checkpoint: Checkpoint, batch: Range | None = None, prompt: Range | None = None, past: Range | None = None
 ) -> list[Profile]:
-    """The two profiles of a chat. By default one row, prompts and pasts up to the model's whole length.
+    """The two profiles of a chat, prefill and decode. By default one row, prompt and past up to the model's length.
 
-    Raises WorkbookError for maxima beyond the length of the model.
+    Raises WorkbookError for maxima beyond the model's length.
     """
     last = checkpoint.max_length - 1
     batch = batch or Range(1, 1, 1)
@@ -117,14 +117,29 @@ def chat_profiles(
     ]
 
 
+def fit_to_record(checkpoint: Checkpoint, calls: Sequence[Call]) -> list[Profile]:
+    """Profiles fitted to recorded calls: opt is the median of the recorded sizes, max is twice the largest."""
+    prompts = sorted(call.sequence for call in calls if call.past == 0)
+    pasts = sorted(call.past for call in calls if call.past > 0)
+    if not prompts or not pasts:
+        raise WorkbookError("the record holds no prefill or no decode: record a whole answer, notebook 01.")
+    last = checkpoint.max_length - 1
+
+    def fitted(sizes: Sequence[int]) -> Range:
+        return Range(1, sizes[len(sizes) // 2], min(2 * sizes[-1], last))
+
+    return chat_profiles(checkpoint, prompt=fitted(prompts), past=fitted(pasts))
+
+
 def find_profile(profiles: Sequence[Profile], batch: int, sequence: int, past: int) -> int:
-    """Index of the first profile that covers a request. Raises WorkbookError where none does, and says why."""
+    """Index of the first profile that covers a shape. Raises WorkbookError where none does, naming them."""
     for index, profile in enumerate(profiles):
         if profile.covers(batch, sequence, past):
             return index
     raise WorkbookError(
         f"batch {batch}, sequence {sequence}, past {past} lies outside every profile of the engine "
-        f"({'; '.join(map(describe, profiles))}): shorten it, or build with larger maxima, `glmtrt build --help`."
+        f"({'; '.join(map(describe, profiles))}): use a smaller shape, or build with larger maxima, "
+        "`glmtrt build --help`."
     )
 
 
@@ -135,17 +150,3 @@ def describe(profile: Profile) -> str:
         for what, size in (("batch", profile.batch), ("sequence", profile.sequence), ("past", profile.past))
     ]
     return f"{profile.name}: {', '.join(parts)}"
-
-
-def fit_to_record(checkpoint: Checkpoint, calls: Sequence[Call], room: float = 2.0) -> list[Profile]:
-    """Profiles from recorded calls: typical is the median of what was asked for, the largest `room` times the most."""
-    prompts = sorted(call.sequence for call in calls if call.past == 0)
-    pasts = sorted(call.past for call in calls if call.past > 0)
-    if not prompts or not pasts:
-        raise WorkbookError("the record holds no prefill or no decode: record a whole answer, notebook 01.")
-    last = checkpoint.max_length - 1
-
-    def box(sizes: Sequence[int]) -> Range:
-        return Range(1, sizes[len(sizes) // 2], min(int(room * sizes[-1]), last))
-
-    return chat_profiles(checkpoint, prompt=box(prompts), past=box(pasts))

@@ -1,7 +1,7 @@
-"""The `tensorrt` backend: an engine on the GPU, its cache kept there in two buffers that swap roles at each step.
+"""The `tensorrt` backend: an engine on the GPU, with a cache of two buffers there that swap roles at each step.
 
-No PyTorch: memory, stream and copies are CUDA's own, through cuda-python. Per step the host sends ids, positions and
-mask, and reads back one row of logits per sequence; the cache never leaves the GPU.
+No PyTorch: memory, stream and copies are CUDA's own, through cuda-python. At each step the host sends ids, positions
+and mask, and reads back one row of logits per sequence; the cache never leaves the GPU.
 """
 
 from __future__ import annotations
@@ -13,36 +13,27 @@ from typing import Any
 import numpy as np
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.engines import cuda, plan_info
+from glmtrt_helpers.core.tensorrt_package import Package
+from glmtrt_helpers.engines import cuda
 from glmtrt_helpers.engines.memory_prediction import EngineMemory
-from glmtrt_helpers.engines.plan_info import PlanInfo, Tensor, check_plan
+from glmtrt_helpers.engines.plan_info import PlanInfo, check_plan, plan_path
 from glmtrt_helpers.engines.runner import Engine, limits
+from glmtrt_helpers.inputs.names import PAST, PRESENT, STEP_INPUTS
 from glmtrt_helpers.sessions.base import Session
-
-STEP_INPUTS = ("input_ids", "position_ids", "attention_mask")
-PAST, PRESENT = "past_key_values.", "present."
 
 
 class TensorRTSession(Session):
-    """An engine with its execution context, a stream and all its buffers. measured: bytes taken on the GPU."""
+    """An engine, and the buffers of its inputs, its logits and the cache. measured: bytes taken on the GPU."""
 
     backend = "tensorrt"
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, dtype: str = "fp16", plan: Path | None = None) -> TensorRTSession:
-        """The engine of a working copy, once it is clear that it may be used here."""
-        return cls(*cls.check(checkpoint, dtype, plan))
+        """The session of a working copy's engine. Raises WorkbookError as `plan_info.check_plan` does."""
+        return cls(*check_plan(checkpoint, plan or plan_path(checkpoint, dtype)))
 
-    @staticmethod
-    def check(
-        checkpoint: Checkpoint, dtype: str = "fp16", plan: Path | None = None
-    ) -> tuple[Path, PlanInfo, tensorrt_package.Package]:
-        """The plan, its JSON and the package that runs it. The JSON is asked before any GPU is looked for."""
-        return check_plan(checkpoint, plan or plan_info.plan_path(checkpoint, dtype))
-
-    def __init__(self, plan: Path, info: PlanInfo, package: tensorrt_package.Package):
+    def __init__(self, plan: Path, info: PlanInfo, package: Package):
         self._engine = Engine(plan, info, package)
         self.info, self.stream = info, self._engine.stream
         self._tensors = self._engine.tensors
@@ -58,21 +49,21 @@ class TensorRTSession(Session):
         )
 
     def _allocate(self) -> int:
-        """One piece of memory with a place for each input of a step, the logits, and twice each tensor of the cache.
+        """Divide one piece of memory among the inputs of a step, the logits, and two buffers per tensor of the cache.
 
         Returns the bytes of the cache.
         """
-        boxes = self.info.profiles
+        profiles, itemsize = self.info.profiles, self._engine.itemsize
         sizes = {}
         for name in STEP_INPUTS:
             largest = max(np.prod(shapes[-1]) for shapes in self._tensors[name].profiles)
-            sizes[name] = int(largest) * self._engine.width(name)
-        rows = max(box.batch.max * box.sequence.max for box in boxes)
-        sizes["logits"] = rows * self._tensors["logits"].shape[-1] * self._engine.width("logits")
-        tokens = max(box.batch.max * (box.past.max + box.sequence.max) for box in boxes)
+            sizes[name] = int(largest) * itemsize(name)
+        rows = max(profile.batch.max * profile.sequence.max for profile in profiles)
+        sizes["logits"] = rows * self._tensors["logits"].shape[-1] * itemsize("logits")
+        tokens = max(profile.batch.max * (profile.past.max + profile.sequence.max) for profile in profiles)
         for name in self._layers:
-            row = int(np.prod(self._tensors[name].shape[2:])) * self._engine.width(name)
-            sizes |= {f"{name}/{side}": tokens * row for side in (0, 1)}
+            per_token = int(np.prod(self._tensors[name].shape[2:])) * itemsize(name)
+            sizes |= {f"{name}/{side}": tokens * per_token for side in (0, 1)}
         self._memory = cuda.DeviceMemory(sum(map(cuda.aligned, sizes.values())), "the cache, the inputs and the logits")
         self._buffers = self._memory.divide(sizes)
         return sum(nbytes for name, nbytes in sizes.items() if name.startswith(PAST))
@@ -101,59 +92,60 @@ class TensorRTSession(Session):
         self.enqueue(call, self._past)
         self._past, self._batch, self._side = self._past + sequence, batch, 1 - self._side
         vocabulary = self._tensors["logits"].shape[-1]
-        row = vocabulary * self._engine.width("logits")
+        row = vocabulary * self._engine.itemsize("logits")
         logits = np.empty((batch, vocabulary), self.dtype)
         last = self._buffers["logits"].address + (sequence - 1) * row
         cuda.read_rows(logits, last, sequence * row, self.stream)
         return logits.astype(np.float32)
 
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """One call with its past from the host and every output back on it; forgets the cache."""
-        host = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+        """One call with its past from the host and every output copied back to it; forgets the cache."""
+        call = {name: np.ascontiguousarray(value) for name, value in flat.items()}
         for name in self._layers:
-            self._buffers[f"{name}/{self._side}"].fill(host[name], self.stream)
-        extra: dict[str, cuda.DeviceMemory] = {}
+            self._buffers[f"{name}/{self._side}"].fill(call[name], self.stream)
+        self._bind(call, len(call[self._layers[0]]))
+        names = [tensor.name for tensor in self.info.tensors if tensor.mode == "output"]
+        inner = [name for name in names if name != "logits" and not name.startswith(PRESENT)]  # of `mark_layers`
+        memory = {}
         try:
-            self.enqueue(host, len(host[self._layers[0]]), extra)
-            outputs = {}
-            for name in (tensor.name for tensor in self.info.tensors if tensor.mode == "output"):
-                array = np.empty(tuple(self._engine.context.get_tensor_shape(name)), self._tensors[name].dtype)
-                address = self._engine.context.get_tensor_address(name)
-                cuda.read_rows(array.reshape(1, -1), address, array.nbytes, self.stream)
-                outputs[name] = array
-            return outputs
+            for name in inner:
+                memory[name] = cuda.DeviceMemory(self._empty(name).nbytes, name)
+                self._engine.bind(name, memory[name].address)
+            self._engine.enqueue()
+            return {name: self._read(name) for name in names}
         finally:
-            for memory in extra.values():
-                memory.free()
+            for piece in memory.values():
+                piece.free()
             self.reset()
 
-    def enqueue(
-        self, call: Mapping[str, np.ndarray], past: int, extra: dict[str, cuda.DeviceMemory] | None = None
-    ) -> None:
-        """Send the inputs of a call, bind the cache and enqueue. extra: takes buffers of further outputs."""
+    def _empty(self, name: str) -> np.ndarray:
+        """An array for an output of the shapes that are bound."""
+        return np.empty(tuple(self._engine.context.get_tensor_shape(name)), self._tensors[name].dtype)
+
+    def _read(self, name: str) -> np.ndarray:
+        array = self._empty(name)
+        address = self._engine.context.get_tensor_address(name)
+        cuda.read_rows(array.reshape(1, -1), address, array.nbytes, self.stream)
+        return array
+
+    def enqueue(self, call: Mapping[str, np.ndarray], past: int) -> None:
+        """Send the inputs of a call and run it after `past` tokens of the cache; waits for nothing."""
+        self._bind(call, past)
+        self._engine.enqueue()
+
+    def _bind(self, call: Mapping[str, np.ndarray], past: int) -> None:
+        """Send the inputs of a call, and give the engine the addresses of inputs, cache and logits."""
         batch, sequence = call["input_ids"].shape
-        engine = self._engine
-        engine.select(batch, sequence, past)
+        self._engine.select(batch, sequence, past)
         for name in STEP_INPUTS:
             array = np.ascontiguousarray(call[name], dtype=self._tensors[name].dtype)
             self._buffers[name].fill(array, self.stream)
-            engine.bind(name, self._buffers[name].address, array.shape)
+            self._engine.bind(name, self._buffers[name].address, array.shape)
         for name in self._layers:
-            here, there = (self._buffers[f"{name}/{side}"].address for side in (self._side, 1 - self._side))
-            engine.bind(name, here, (past, batch, *self._tensors[name].shape[2:]))
-            engine.bind(name.replace(PAST, PRESENT), there)
-        engine.bind("logits", self._buffers["logits"].address)
-        for tensor in self._further_outputs() if extra is not None else ():
-            nbytes = int(np.prod(tuple(engine.context.get_tensor_shape(tensor.name)))) * engine.width(tensor.name)
-            assert extra is not None
-            extra[tensor.name] = cuda.DeviceMemory(nbytes, tensor.name)
-            engine.bind(tensor.name, extra[tensor.name].address)
-        engine.enqueue()
-
-    def _further_outputs(self) -> list[Tensor]:
-        """Outputs that are neither logits nor cache: the tensors that `mark_layers` made visible."""
-        outputs = (tensor for tensor in self.info.tensors if tensor.mode == "output")
-        return [tensor for tensor in outputs if tensor.name != "logits" and not tensor.name.startswith(PRESENT)]
+            source, target = (self._buffers[f"{name}/{side}"].address for side in (self._side, 1 - self._side))
+            self._engine.bind(name, source, (past, batch, *self._tensors[name].shape[2:]))
+            self._engine.bind(name.replace(PAST, PRESENT), target)
+        self._engine.bind("logits", self._buffers["logits"].address)
 
     def close(self) -> None:
         """Free everything on the GPU."""

@@ -29,7 +29,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.export import graph_passes, weights_in_shards
 from glmtrt_helpers.inputs.examples import example_inputs
-from glmtrt_helpers.inputs.names import forward_kwargs, input_names, output_names
+from glmtrt_helpers.inputs.names import PAST, STEP_INPUTS, axis_names, forward_kwargs, input_names, output_names
 from glmtrt_helpers.patches import patching
 
 # dynamo's opset 17 comes out broken; TorchScript ends at 20.
@@ -177,16 +177,11 @@ def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, exampl
     with FakeTensorMode(allow_non_fake_inputs=True):
         weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
     model.load_state_dict(weights, strict=False, assign=True)
-    axes = torch.export.Dim
-    batch, sequence, past = axes("batch"), axes("sequence"), axes("past")
-    dynamic = {
-        "input_ids": {0: batch, 1: sequence},
-        "position_ids": {0: batch, 2: sequence},
-        "attention_mask": {0: batch, 2: sequence, 3: axes.DYNAMIC},
-        "past_key_values": tuple(({0: past, 1: batch}, {0: past, 1: batch}) for _ in range(checkpoint.num_layers)),
-        "use_cache": None,
-        "return_dict": None,
-    }
+    dims: dict[str, Any] = {name: torch.export.Dim(name) for name in ("batch", "sequence", "past")}
+    dims["total"] = torch.export.Dim.DYNAMIC  # it follows from past and sequence
+    axes = {name: {axis: dims[dim] for axis, dim in axis_names(name).items()} for name in (*STEP_INPUTS, PAST)}
+    past = axes.pop(PAST)
+    shapes = axes | {"past_key_values": ((past, past),) * checkpoint.num_layers, "use_cache": None, "return_dict": None}
     program = torch.onnx.export(
         model,
         kwargs=forward_kwargs(example_inputs(checkpoint, *example, dtype=dtype)),
@@ -195,7 +190,7 @@ def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, exampl
         opset_version=opset,
         input_names=input_names(checkpoint.num_layers),
         output_names=output_names(checkpoint.num_layers),
-        dynamic_shapes=dynamic,
+        dynamic_shapes=shapes,
         verbose=False,
     )
     assert program is not None
@@ -227,14 +222,6 @@ def torchscript_export(
 ) -> None:
     """Run the model once, on real weights, and record what happened; target: a path or a binary stream."""
     names_in, names_out = input_names(checkpoint.num_layers), output_names(checkpoint.num_layers)
-    axes: dict[str, dict[int, str]] = {
-        "input_ids": {0: "batch", 1: "sequence"},
-        "position_ids": {0: "batch", 2: "sequence"},
-        "attention_mask": {0: "batch", 2: "sequence", 3: "total"},
-        "logits": {0: "batch", 1: "sequence"},
-    }
-    axes |= {name: {0: "past", 1: "batch"} for name in names_in[3:]}
-    axes |= {name: {0: "total", 1: "batch"} for name in names_out[1:]}
     torch.onnx.export(
         model,
         kwargs=forward_kwargs(example_inputs(checkpoint, *example, dtype=dtype)),
@@ -244,7 +231,7 @@ def torchscript_export(
         opset_version=opset,
         input_names=names_in,
         output_names=names_out,
-        dynamic_axes=axes,
+        dynamic_axes={name: axis_names(name) for name in (*names_in, *names_out)},
     )
 
 
@@ -254,9 +241,8 @@ def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:
     for name in input_names(checkpoint.num_layers):
         if name not in names or not names[name].uses():
             raise WorkbookError(f"the export of {checkpoint.directory} lost the input {name}: check the patches.")
-        free = {"input_ids": (0, 1), "position_ids": (0, 2), "attention_mask": (0, 2, 3)}.get(name, (0, 1))
         shape: Any = names[name].shape
-        if any(isinstance(shape[axis], int) for axis in free):
+        if any(isinstance(shape[axis], int) for axis in axis_names(name)):
             raise WorkbookError(f"the export of {checkpoint.directory} made a dimension static in {name}: {shape}.")
 
 

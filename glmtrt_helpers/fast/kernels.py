@@ -11,6 +11,7 @@ import numpy as np
 from cuda.bindings import driver, nvrtc
 
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.engines.cuda import check
 
 SOURCE = Path(__file__).parent / "attend.cu"
 THREADS, TOKENS, MOST = 128, 32, 128  # of a block, of a round of a block, blocks of a head
@@ -48,13 +49,6 @@ def check_head_size(head_size: int, dtype: np.dtype) -> None:
         )
 
 
-def _check(result: tuple[Any, ...], what: str) -> Any:
-    status, *values = result
-    if int(status) != 0:
-        raise WorkbookError(f"CUDA could not {what} ({status.name}); see `glmtrt doctor`.")
-    return values[0] if len(values) == 1 else tuple(values)
-
-
 def defines(head_size: int, dtype: np.dtype) -> list[str]:
     """What the source is compiled with, by whatever compiler."""
     sizes = {"D": head_size, "THREADS": THREADS, "TOKENS": TOKENS, "MOST": MOST}
@@ -65,18 +59,18 @@ def compile_source(capability: tuple[int, int], head_size: int, dtype: np.dtype)
     """Machine code for a compute capability. Needs NVRTC, but no GPU."""
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *defines(head_size, dtype)]
     try:
-        program = _check(
+        program = check(
             nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"attend.cu", 0, [], []), "begin to compile attend.cu"
         )
     except (RuntimeError, OSError) as error:
         raise WorkbookError(f"NVRTC is missing ({error}): pip install nvidia-cuda-nvrtc.") from None
     encoded = [option.encode() for option in options]
     if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]) != 0:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "read the compiler's words")
-        _check(nvrtc.nvrtcGetProgramLog(program, log), "read the compiler's words")
+        log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program), "read the compiler's words")
+        check(nvrtc.nvrtcGetProgramLog(program, log), "read the compiler's words")
         raise WorkbookError(f"attend.cu was not compiled for {options[0]}: {log.decode(errors='replace').strip()}")
-    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "take the compiled kernels")
-    _check(nvrtc.nvrtcGetCUBIN(program, code), "take the compiled kernels")
+    code = b" " * check(nvrtc.nvrtcGetCUBINSize(program), "take the compiled kernels")
+    check(nvrtc.nvrtcGetCUBIN(program, code), "take the compiled kernels")
     nvrtc.nvrtcDestroyProgram(program)
     return code
 
@@ -87,11 +81,11 @@ class Kernels:
     def __init__(self, capability: tuple[int, int], heads: int, head_size: int, dtype: np.dtype):
         check_head_size(head_size, dtype)
         self.heads, self.scale = heads, head_size**-0.5
-        self._module = _check(
+        self._module = check(
             driver.cuModuleLoadData(compile_source(capability, head_size, dtype)), "load the compiled kernels"
         )
         self._attend, self._advance = (
-            _check(driver.cuModuleGetFunction(self._module, name), "find a compiled kernel")
+            check(driver.cuModuleGetFunction(self._module, name), "find a compiled kernel")
             for name in (b"attend", b"advance")
         )
 
@@ -110,7 +104,7 @@ class Kernels:
         self._launch(self._advance, (-(-batch // THREADS), 1, 1), (position_ids, places, batch), _ADVANCE, stream)
 
     def _launch(self, kernel: Any, grid: tuple[int, int, int], values: tuple, kinds: tuple, stream: Any) -> None:
-        _check(driver.cuLaunchKernel(kernel, *grid, THREADS, 1, 1, 0, int(stream), (values, kinds), 0), "run a kernel")
+        check(driver.cuLaunchKernel(kernel, *grid, THREADS, 1, 1, 0, int(stream), (values, kinds), 0), "run a kernel")
 
     def unload(self) -> None:
-        _check(driver.cuModuleUnload(self._module), "unload the kernels")
+        check(driver.cuModuleUnload(self._module), "unload the kernels")

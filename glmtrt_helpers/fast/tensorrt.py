@@ -91,7 +91,7 @@ class FastTensorRTSession(FastSession):
         config, batch = self.checkpoint, self.limits.batch
         # Bytes of a token: of its keys in a layer, as of its stream; and of one head of these.
         self._token, self._head = (n * self.dtype.itemsize for n in (config.hidden_size, config.head_size))
-        rows = batch * cuda.whole(max(box.sequence.max for box in self.info.profiles), self._head)
+        rows = batch * cuda.aligned_tokens(max(box.sequence.max for box in self.info.profiles), self._head)
         sizes = dict.fromkeys(("stream", "next_stream", "seen"), rows * self._token) | {"mixed": 3 * rows * self._token}
         sizes |= {"cos": rows * self._head, "sin": rows * self._head}
         sizes |= {"input_ids": rows * 8, "position_ids": rows * 16, "places": rows * 8}
@@ -102,7 +102,7 @@ class FastTensorRTSession(FastSession):
         memory, self._buffers = self._hold(sizes, "the inputs, the logits and what is between")
         memory.clear()
         self._dims = fast_session.input_dims(config.config)
-        self._room = cuda.whole(self.limits.total, self._token)  # tokens
+        self._room = cuda.aligned_tokens(self.limits.total, self._token)  # tokens
         cache = len(self._names) * batch * self._room * self._token
         self._slots, _ = self._hold({"cache": cache}, "the cache")
         taken = before - cuda.free_device_memory()
@@ -161,7 +161,7 @@ class FastTensorRTSession(FastSession):
             return
         # Rows begin with what is no padding, and where an engine can read them.
         shift = np.zeros_like(self._skip) if self._past else self._skip
-        size = length if self._batch == 1 else cuda.whole(length, self._head)
+        size = length if self._batch == 1 else cuda.aligned_tokens(length, self._head)
         places = (self._past + shift - self._skip)[:, None] + np.arange(size)
         self._fill(**fast_session.shift_left(call, shift, size), places=places)
         self._last = self._batch, size, self._past

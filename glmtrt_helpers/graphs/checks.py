@@ -16,18 +16,8 @@ from glmtrt_helpers.core.artifacts import is_part
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.graphs.scopes import DATA, GraphIndex
 from glmtrt_helpers.graphs.summary import check_weights, describe, location, true_inputs
-from glmtrt_helpers.inputs.names import input_names, output_names
+from glmtrt_helpers.inputs.names import axis_names, input_names, output_names
 
-# The axes of inputs and outputs that change during a chat, by the start of the tensor's name (notebook 01);
-# total is past + sequence.
-DYNAMIC_AXES = {
-    "input_ids": {0: "batch", 1: "sequence"},
-    "position_ids": {0: "batch", 2: "sequence"},
-    "attention_mask": {0: "batch", 2: "sequence", 3: "total"},
-    "past_key_values.": {0: "past", 1: "batch"},
-    "logits": {0: "batch", 1: "sequence"},
-    "present.": {0: "total", 1: "batch"},
-}
 # Valid in ONNX, refused by TensorRT's parser; a clean export has none of them.
 _SEQUENCE_OPS = ("SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence")
 
@@ -46,7 +36,7 @@ def static_dimensions(model: onnx.ModelProto) -> list[StaticDimension]:
     """Axes of inputs and outputs that have a fixed size although it changes during a chat."""
     static = []
     for value in [*true_inputs(model), *model.graph.output]:
-        axes = next((axes for start, axes in DYNAMIC_AXES.items() if value.name.startswith(start)), {})
+        axes = axis_names(value.name)
         for axis, size in enumerate(describe(value).dims):
             if axis in axes and isinstance(size, int):
                 static.append(StaticDimension(value.name, axis, axes[axis], size))

@@ -23,6 +23,7 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.graphs.tolerances import largest_error
 from glmtrt_helpers.inputs.examples import example_inputs
+from glmtrt_helpers.inputs.names import past_from
 from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.pytorch import TorchSession
 
@@ -205,25 +206,15 @@ def _cast(flat: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, tor
 def case_inputs(checkpoint: Checkpoint, case: Case, reference: Session, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Flat inputs of a case, its cache computed by the reference over a prompt of `past` tokens and rounded to dtype.
 
-    The prompt ends before <sop>, so that all of it sees all of itself; <sop> is the first of the new tokens. Padding
-    sees nothing at all, as in a batch of a chat (`examples.prompt_inputs`).
+    The prompt ends before <sop>, so all of it sees all of itself; <sop> is the first of the new tokens.
     """
-    padding = case.padding or (0,) * case.batch
-    left = torch.tensor(padding)[:, None]
-    flat = example_inputs(checkpoint, case.batch, case.sequence, case.past, dtype, padding=padding)
+    flat = example_inputs(checkpoint, case.batch, case.sequence, case.past, dtype, padding=case.padding)
     shift = checkpoint.max_length - 1 - flat["position_ids"].amax(dim=(0, 2)) if case.at_end else torch.zeros(2).long()
     flat["position_ids"] += shift[:, None]
-    flat["attention_mask"] |= (torch.arange(case.past, case.past + case.sequence) < left)[:, None, :, None]
     if not case.past:
         return flat
-    prefix = example_inputs(checkpoint, case.batch, case.past, 0, torch.float32, padding=padding, seed=1)
-    index = torch.arange(case.past)
-    row0 = (index - left).clamp(min=0)
-    prefix["position_ids"] = torch.stack([row0, torch.zeros_like(row0)], dim=1) + shift[:, None]
-    padded = (index < left)[:, None]
-    prefix["attention_mask"] = padded[:, :, None, :] | padded[:, :, :, None]
-    presents = run_tensors(reference, prefix)
-    past = {
-        name.replace("present", "past_key_values"): t for name, t in presents.items() if name.startswith("present.")
-    }
-    return flat | _cast(past, dtype)
+    prefix = example_inputs(
+        checkpoint, case.batch, case.past, 0, torch.float32, padding=case.padding, sop=case.past, seed=1
+    )
+    prefix["position_ids"] += shift[:, None]
+    return flat | _cast(past_from(run_tensors(reference, prefix)), dtype)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Notebook 01's plots: positions, masks and the recorded calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
     size = 0.22 * max(total, 8)
     figure, axes = plt.subplots(1, batch, figsize=(batch * (size + 1.2), size + 1.0), squeeze=False)
     for row, axis in enumerate(axes[0]):
-        hidden, padding = np.asarray(mask[row, 0]), np.array([piece == "<pad>" for piece in pieces[row]])
+        hidden = np.asarray(mask[row, 0])
+        padding = np.array([piece == "<pad>" for piece in pieces[row]])
         picture = hidden.astype(int) + (hidden & padding)
         axis.imshow(picture, cmap=ListedColormap([SEEN, HIDDEN, PADDING]), vmin=0, vmax=2, aspect="equal")
         axis.set_xticks(range(total), [_label(piece) for piece in pieces[row]], rotation=90, fontsize=8)
@@ -54,8 +55,9 @@ def draw_positions(flat: Mapping[str, torch.Tensor], pieces: Sequence[str], row:
         values = positions[line].tolist()
         axis.plot(values, drawstyle="steps-mid", color=colour, label=name)
         for x, value in enumerate(values):
-            axis.annotate(str(value), (x, value), textcoords="offset points", xytext=(0, 4), ha="center",
-                          fontsize=7, color=colour)  # fmt: skip
+            axis.annotate(
+                str(value), (x, value), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=7, color=colour
+            )
     axis.set_xticks(range(len(pieces)), [_label(piece) for piece in pieces], rotation=90, fontsize=8)
     axis.legend(frameon=False, loc="upper left")
     plt.close(figure)

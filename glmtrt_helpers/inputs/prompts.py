@@ -1,4 +1,4 @@
-"""TODO."""
+"""The prompt of a chat, as upstream's `chat` writes it."""
 
 from collections.abc import Sequence
 

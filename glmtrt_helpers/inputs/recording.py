@@ -1,8 +1,4 @@
-"""Notebook 01: what `forward` is called with. Record it during a real chat, or make it for any (batch, sequence, past).
-
-Inputs are flat mappings from a tensor's name to the tensor, in the order of `input_names`, everywhere in the project;
-`forward_kwargs` nests them for PyTorch. past and present are sequence first: (past, batch, heads, d).
-"""
+"""Record what `forward` is called with during a chat, and keep it in `inputs.json` for the steps after notebook 01."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +12,14 @@ import torch
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.inputs.names import STEP_INPUTS, past_names
 
 RECORD_NAME = "inputs.json"
 
 
 @dataclass
 class Call:
-    """One recorded call of forward: its tensors by name, what came out, and where in the chat it was."""
+    """One recorded call of forward: shapes and dtypes of its tensors by name, and the values of positions and mask."""
 
     kind: str  # "prefill" or "decode"
     shapes: dict[str, list[int]]
@@ -55,16 +52,11 @@ def record(model: torch.nn.Module) -> Iterator[list[Call]]:
 
 
 def _describe(kwargs: Mapping[str, Any]) -> Call:
-    past = kwargs.get("past_key_values")
-    flat = {
-        name: kwargs[name] for name in ("input_ids", "position_ids", "attention_mask") if kwargs.get(name) is not None
-    }
-    for i, layer in enumerate(past or ()):
-        for part, tensor in zip(("key", "value"), layer, strict=True):
-            flat[f"past_key_values.{i}.{part}"] = tensor
-    past_length = flat["past_key_values.0.key"].shape[0] if past else 0
+    flat = {name: kwargs[name] for name in STEP_INPUTS if kwargs.get(name) is not None}
+    past = kwargs.get("past_key_values") or ()
+    flat |= zip(past_names(len(past)), (tensor for layer in past for tensor in layer), strict=True)
     return Call(
-        kind="decode" if past_length else "prefill",
+        kind="decode" if past and past[0][0].shape[0] else "prefill",
         shapes={name: list(tensor.shape) for name, tensor in flat.items()},
         dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in flat.items()},
         position_ids=flat["position_ids"].tolist() if "position_ids" in flat else [],
@@ -73,7 +65,7 @@ def _describe(kwargs: Mapping[str, Any]) -> Call:
 
 
 def dynamic_axes(calls: Sequence[Call]) -> dict[str, list[int]]:
-    """Axes whose size differed between calls, by tensor: what an export must leave dynamic."""
+    """Axes whose size differed between calls, by tensor: what an export must keep dynamic."""
     names = [name for name in calls[0].shapes if all(name in call.shapes for call in calls)]
     axes = {}
     for name in names:

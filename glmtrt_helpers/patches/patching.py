@@ -1,10 +1,10 @@
-"""Notebook 02: mend the four habits of ChatGLM-6B's source that an exporter stumbles over.
+"""Notebook 02: patch the four export blockers in ChatGLM-6B's source.
 
 Each is found by its structure in the syntax tree (libcst), never by a line number or by its text, and only the
-statement that holds it is rewritten: every other byte stays, comments included.
+statement that has it is rewritten: every other byte stays, comments included.
 
-The source is upstream's `modeling_chatglm.py` (THUDM/chatglm-6b, March to September 2023). Its first generation only:
-later families share class names, not habits, and are refused.
+The source is upstream's `modeling_chatglm.py` (THUDM/chatglm-6b, March to September 2023), the first generation only:
+later families share class names but not these statements, and are refused.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from pathlib import Path
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
-from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, look
+from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
 from glmtrt_helpers.patches.source_tree import ADVICE, Edits, parse
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One mend: what it does, why, and the failure that people report without it."""
+    """One patch: what it does, why, and the failure that people report without it."""
 
     name: str
     title: str
@@ -36,75 +36,64 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "rotary_flatten",
         "the rotary tables are flattened, not squeezed",
-        "a Squeeze without axes cannot be inferred where the table's length is dynamic; flatten(1, 2) says which axes "
-        "become one, and on a table (length, 1, d/2) it gives the same numbers",
+        "a Squeeze without axes cannot be inferred where the table's length is dynamic; flatten(1, 2) names the axes "
+        "to merge, and on a table (length, 1, d/2) it gives the same numbers",
         "Cannot infer squeeze dimensions from a dynamic shape",
     ),
     Patch(
         "integer_layer_id",
-        "the layer's number stays a number",
-        "a tracer records torch.tensor(i) as data and then has to turn it back into a number",
+        "layer_id stays a Python int",
+        "a tracer records torch.tensor(i) as a constant tensor and must convert it back to a number",
         "TracerWarning: torch.tensor results are registered as constants in the trace",
     ),
     Patch(
         "unconditional_mask_fill",
-        "the mask is always filled in",
-        "the branch looks at the mask's values: one exporter refuses it, the other keeps what its example happened to "
-        "do; filling in a mask that hides nothing changes nothing",
+        "masked_fill always runs",
+        "the branch depends on the mask's values: dynamo refuses it, TorchScript keeps only the path its example took; "
+        "masked_fill with an all-False mask changes nothing",
         "GuardOnDataDependentSymNode, or attention_mask missing from the inputs (115 tensors instead of 116)",
     ),
     Patch(
         "fixed_rotary_table",
-        "the rotary tables have a fixed length and are not kept",
-        "a table kept on the module is baked into the graph at the length of some earlier call, and one as long as the "
-        "largest position needs a Range in the dtype of the model",
-        "Gather index out of bounds for a longer prompt; a half-precision Range that no runtime takes",
+        "the rotary tables have a fixed length and are not cached",
+        "a table cached on the module becomes a constant of an earlier call's length, and one as long as the largest "
+        "position needs a Range in the dtype of the model",
+        "Gather index out of bounds for a longer prompt; a half-precision Range that no runtime supports",
     ),
 )
-# Without it nothing is left to mend: a fork that passes no layer number through its loop has no tensor there either.
+# Where it is absent nothing is left to patch: a fork that passes no layer_id through its loop has no tensor either.
 HARMLESS_IF_ABSENT = frozenset({"integer_layer_id"})
 
 
-@dataclass(frozen=True)
-class PatchReport:
-    """What `patch_checkpoint` found and did. traps: before patching. diff: unified, empty if nothing was to do."""
-
-    path: Path
-    traps: dict[str, Blocker]
-    applied: tuple[str, ...]
-    max_length: int
-    diff: str
-
-
 def find_blockers(source: str) -> dict[str, Blocker]:
-    """State and sites of every trap, by the patch's name. Raises WorkbookError for what `patch_source` refuses."""
-    return {patch.name: look(parse(source), patch.name, Edits(), 0) for patch in PATCHES}
+    """State and sites of every blocker, by its patch's name. Raises WorkbookError for what `patch_source` refuses."""
+    return {patch.name: inspect_blocker(parse(source), patch.name, Edits(), 0) for patch in PATCHES}
 
 
 def patch_source(source: str, max_length: int, only: Collection[str] | None = None) -> str:
-    """The source with its traps mended (or those in `only`); what is mended already stays byte for byte.
+    """The source with all its blockers patched, or those in `only`; what is patched already stays byte for byte.
 
     max_length: rows of the rotary tables, the checkpoint's max_sequence_length.
-    Raises WorkbookError, naming line and construct, for another model's source, for a construct that could be meant
-    in two ways, and for a trap that is neither there nor mended (but for those in HARMLESS_IF_ABSENT).
+    Raises WorkbookError, naming line and construct, for another model's source, for an ambiguous construct, and for a
+    blocker that is neither present nor patched (except those in HARMLESS_IF_ABSENT).
     """
-    edits, names = Edits(), _chosen(only)
-    traps = {name: look(parse(source), name, edits, max_length) for name in names}
-    for name, trap in traps.items():
-        if trap.state == ABSENT and name not in HARMLESS_IF_ABSENT:
-            raise WorkbookError(f"{CONSTRUCTS[name]} is neither there nor mended ({name}): {ADVICE}.")
-    mended = parse(source).rewritten(edits)
-    for name, trap in traps.items():
-        if trap.state == UNPATCHED and look(parse(mended), name, Edits(), max_length).state != PATCHED:
-            site = trap.sites[0]
+    edits, names = Edits(), _selected(only)
+    blockers = {name: inspect_blocker(parse(source), name, edits, max_length) for name in names}
+    for name, blocker in blockers.items():
+        if blocker.state == ABSENT and name not in HARMLESS_IF_ABSENT:
+            raise WorkbookError(f"{CONSTRUCTS[name]} is neither present nor patched ({name}): {ADVICE}.")
+    patched = parse(source).rewritten(edits)
+    for name, blocker in blockers.items():
+        if blocker.state == UNPATCHED and inspect_blocker(parse(patched), name, Edits(), max_length).state != PATCHED:
+            site = blocker.sites[0]
             raise WorkbookError(
-                f"line {site.line}: {CONSTRUCTS[name]} stands here in a form that this workbook cannot mend "
+                f"line {site.line}: {CONSTRUCTS[name]} has a form here that this workbook cannot patch "
                 f"({site.text}): {ADVICE}."
             )
-    return mended
+    return patched
 
 
-def _chosen(only: Collection[str] | None) -> list[str]:
+def _selected(only: Collection[str] | None) -> list[str]:
     names = [patch.name for patch in PATCHES]
     unknown = sorted(set(only or ()) - set(names))
     if unknown:
@@ -120,9 +109,10 @@ def diff_sources(before: str, after: str) -> str:
     return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
-def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None) -> PatchReport:
-    """Mend `modeling_chatglm.py` in a checkpoint's directory; the source as it came is kept as `.orig` beside it.
+def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None) -> list[str]:
+    """Patch `modeling_chatglm.py` in a checkpoint's directory and return the names of the patches that it needed.
 
+    The unpatched source is kept as `.orig` beside it.
     Either the whole file is replaced or nothing changes. Raises WorkbookError as `patch_source` does, with the file's
     name, and where the `.orig` beside it belongs to another source.
     """
@@ -130,27 +120,26 @@ def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None)
     backup = path.with_name(BACKUP_NAME)
     max_length = _max_length(path.with_name("config.json"))
     with _naming(path):
-        traps = find_blockers(source)
+        blockers = find_blockers(source)
         patched = patch_source(source, max_length, only)
     if backup.exists():
-        _check_backup(backup, source, max_length, [name for name, trap in traps.items() if trap.state == PATCHED])
+        _check_backup(backup, source, max_length, [name for name in blockers if blockers[name].state == PATCHED])
     if patched != source:
         if not backup.exists():
             _write(backup, source, like=path)
         _write(path, patched, like=path)
-    applied = tuple(name for name in _chosen(only) if traps[name].state == UNPATCHED)
-    return PatchReport(path, traps, applied, max_length, diff_sources(source, patched))
+    return [name for name in _selected(only) if blockers[name].state == UNPATCHED]
 
 
 def check_checkpoint(directory: str | Path) -> dict[str, Blocker]:
-    """`find_traps` on a checkpoint's source; changes nothing."""
+    """`find_blockers` in a checkpoint's source; changes nothing."""
     path, source = _read(directory)
     with _naming(path):
         return find_blockers(source)
 
 
 def restore_checkpoint(directory: str | Path) -> Path:
-    """Put the source back as it came, byte for byte, and remove the backup; returns the source's path."""
+    """Put the unpatched source back, byte for byte, and remove the backup; returns the source's path."""
     path = Path(directory) / CODE_NAME
     backup = path.with_name(BACKUP_NAME)
     if not backup.exists():
@@ -179,12 +168,12 @@ def _max_length(config: Path) -> int:
     except (OSError, ValueError, AttributeError):
         raise WorkbookError(f"{config} is missing or not JSON: copy it from the checkpoint again.") from None
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise WorkbookError(f"{config}: max_sequence_length is {length!r}, a whole number above 0 is wanted.")
+        raise WorkbookError(f"{config}: max_sequence_length is {length!r}, a whole number above 0 is expected.")
     return length
 
 
 def _check_backup(backup: Path, source: str, max_length: int, done: list[str]) -> None:
-    """The backup must be what the source was before its mends, or restoring would bring back another file."""
+    """The backup must be the source before its patches, or restoring would bring back another file."""
     with _naming(backup):
         same = patch_source(_decode(backup), max_length, done) == source
     if not same:

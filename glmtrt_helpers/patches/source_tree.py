@@ -1,4 +1,4 @@
-"""Read and rewrite a Python source by its syntax tree (libcst): every byte outside the touched statements stays."""
+"""Read and rewrite Python source by its syntax tree (libcst): every byte outside the touched statements stays."""
 
 import ast
 import re
@@ -26,10 +26,10 @@ class Site:
 
 @dataclass
 class Edits:
-    """What is to be changed, by nodes of the tree as it is.
+    """Changes to make, by nodes of the unchanged tree.
 
-    rewrites: what becomes of a node, innermost first. dropped: statements that go. unwrapped: branches that give way to
-    their body. Comments of the latter two pass to the statement behind.
+    rewrites: how a node is replaced, innermost first. dropped: statements to remove. unwrapped: branches to replace by
+    their body. Comments of dropped and unwrapped statements pass to the statement after them.
     """
 
     rewrites: dict[cst.CSTNode, Callable[[Any], cst.CSTNode]] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class Edits:
 
 
 class Source:
-    """A parsed source. Raises WorkbookError for what is not Python, and for what libcst cannot write back as it was."""
+    """Parsed source. Raises WorkbookError for what is not Python, and for what libcst cannot write back unchanged."""
 
     def __init__(self, code: str):
-        # libcst drops a byte order mark, and some blanks at the end.
+        # libcst drops a byte order mark, and some white space at the end.
         self._mark = "\ufeff" if code.startswith("\ufeff") else ""
         text = code.removeprefix("\ufeff").rstrip()
         self._end = code[len(self._mark) + len(text) :]
@@ -64,23 +64,23 @@ class Source:
 
     def find(self, kind: type[_Node], inside: cst.CSTNode | None = None) -> list[_Node]:
         """All nodes of a kind, `inside` itself included, in the order of the source."""
-        found: list[_Node] = []
+        nodes: list[_Node] = []
         waiting = [inside or self.module]
         while waiting:
             node = waiting.pop()
             if isinstance(node, kind):
-                found.append(node)
+                nodes.append(node)
             waiting += reversed(self._children[node])
-        return found
+        return nodes
 
     def around(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-        """What a node stands in, from the inside out."""
+        """The nodes around a node, from the inside out."""
         while node in self._parents:
             node = self._parents[node]
             yield node
 
     def names(self, inside: cst.CSTNode) -> set[str]:
-        """Every name that is used in a node."""
+        """Every name that occurs in a node."""
         return {name.value for name in self.find(cst.Name, inside)}
 
     def site(self, node: cst.CSTNode) -> Site:
@@ -100,7 +100,7 @@ class Source:
 
 @lru_cache(maxsize=8)
 def parse(code: str) -> Source:
-    """The parsed source; kept, since one source is asked about several times."""
+    """The parsed source; cached, because one source is inspected several times."""
     return Source(code)
 
 
@@ -121,15 +121,15 @@ class _Rewriter(cst.CSTTransformer):
         carried: list[cst.EmptyLine] = []  # comments that lost their statement
         for before, statement in zip(original_node.body, updated_node.body, strict=True):
             kept: list[Any] = [statement]
-            behind: list[cst.EmptyLine] = []
+            after: list[cst.EmptyLine] = []
             if before in self.edits.dropped:
-                kept, behind = [], _leading_lines(statement)
+                kept, after = [], _leading_lines(statement)
             elif before in self.edits.unwrapped:
-                kept, behind = _unwrap(cst.ensure_type(statement, cst.If))
+                kept, after = _unwrap(cst.ensure_type(statement, cst.If))
             if kept:
                 kept[0] = kept[0].with_changes(leading_lines=[*carried, *_leading_lines(kept[0])])
                 carried = []
-            body, carried = body + kept, carried + behind
+            body, carried = body + kept, carried + after
         return updated_node.with_changes(body=body, footer=[*carried, *updated_node.footer])
 
 
@@ -152,12 +152,12 @@ def _leading_lines(statement: cst.CSTNode) -> list[cst.EmptyLine]:
 
 
 def text(node: cst.CSTNode) -> str:
-    """An expression in one fixed layout, for comparing."""
+    """An expression in one fixed layout, for comparisons."""
     return ast.unparse(ast.parse(f"({cst.Module([]).code_for_node(node)}\n)", mode="eval"))
 
 
 def callee(call: cst.BaseExpression) -> str:
-    """The last name of what is called: `embedding` for F.embedding(...), "" for what is no call."""
+    """The last name of what is called: `embedding` for F.embedding(...), "" for anything but a call."""
     if not isinstance(call, cst.Call):
         return ""
     func = call.func.attr if isinstance(call.func, cst.Attribute) else call.func
@@ -175,7 +175,7 @@ def parameters(function: cst.FunctionDef) -> set[str]:
 
 
 def begin_with(function: cst.FunctionDef, line: str) -> cst.FunctionDef:
-    """Put a statement first in a function, behind its docstring."""
+    """Put a statement first in a function, after its docstring."""
     block = cst.ensure_type(function.body, cst.IndentedBlock)
     at = 0 if function.get_docstring() is None else 1
     return function.with_changes(

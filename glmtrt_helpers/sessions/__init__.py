@@ -1,4 +1,4 @@
-"""One interface over the backends that run `forward`, and the decode loop on top of it."""
+"""Sessions: one interface to the backends that run `forward`, and the decode loop on top of it."""
 
 import lazy_loader
 

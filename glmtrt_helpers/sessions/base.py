@@ -1,4 +1,9 @@
-"""TODO."""
+"""`Session`, the interface of every backend that runs `forward`: PyTorch, ONNX Runtime, TensorRT.
+
+`run` is one call of forward: flat named inputs (`names.input_names`) in, flat named outputs out, everything as NumPy
+arrays on the host; comparisons use it. `step` is what a chat uses: the session keeps the cache, each call adds to it,
+and only the scores of the next token come back.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from glmtrt_helpers.inputs.names import past_from
 
 UNBOUNDED = 2**31
 
@@ -24,8 +31,8 @@ class Limits:
 class Session(ABC):
     """A backend that runs forward. dtype: that of the past, the presents and the logits.
 
-    arithmetic: "tf32" where products of fp32 numbers are rounded, None where dtype says all. last_only: `run` gives the
-    logits of the last position alone.
+    arithmetic: "tf32" where fp32 matmuls round their inputs, None where dtype says all. last_only: `run` returns the
+    logits of the last position only.
     """
 
     backend: str
@@ -50,18 +57,20 @@ class Session(ABC):
     def step(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
         """Scores of the next token, (batch, vocabulary) float32; the presents become the past of the next step.
 
-        call: input_ids, position_ids and attention_mask of one prefill or decode (`feeds`).
+        call: input_ids, position_ids and attention_mask, as `positions_and_mask.prefill` and `decode` make them.
         """
         past = self.empty_past(len(call["input_ids"])) if self._cache is None else self._cache
         outputs = self.run({**call, **past})
-        logits = outputs.pop("logits")
-        self._cache = {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
-        return logits[:, -1].astype(np.float32)
+        self._cache = past_from(outputs)
+        return outputs["logits"][:, -1].astype(np.float32)
 
     def follow(self) -> Generator[np.ndarray] | None:
-        """The best tokens (batch,) from the last step on, where the session can feed itself; None where it cannot."""
+        """A device-side decode loop: the likeliest tokens (batch,), one step after another; None where there is none.
+
+        The first tokens are those of the last `step`. Close it before the session is used otherwise.
+        """
         return None
 
     def close(self) -> None:
-        """Give back what the session holds; it cannot be used afterwards."""
+        """Free what the session holds; it cannot be used afterwards."""
         self.reset()

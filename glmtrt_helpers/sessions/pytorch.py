@@ -1,21 +1,17 @@
-"""TODO."""
-
-from __future__ import annotations
+"""The `torch` backend."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from glmtrt_helpers.inputs.names import flat_outputs, forward_kwargs
+from glmtrt_helpers.inputs.names import flat_outputs, forward_kwargs, past_names
 from glmtrt_helpers.sessions.base import Session
-
-if TYPE_CHECKING:
-    import torch
 
 
 class TorchSession(Session):
-    """The PyTorch model itself, on the device where it is."""
+    """A PyTorch model, on the device where it is."""
 
     backend = "torch"
 
@@ -23,17 +19,14 @@ class TorchSession(Session):
         self.model = model
         parameter = next(model.parameters())
         self.dtype = np.dtype(str(parameter.dtype).removeprefix("torch."))
-        self.device = "cuda" if parameter.is_cuda else "cpu"  # a streamed one's weights come to the CPU
+        self.device = "cuda" if parameter.is_cuda else "cpu"  # a streamed model's parameters are on meta
 
     def empty_past(self, batch: int) -> dict[str, np.ndarray]:
         config: Any = self.model.config
         shape = (0, batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads)
-        names = [f"past_key_values.{i}.{part}" for i in range(config.num_layers) for part in ("key", "value")]
-        return {name: np.zeros(shape, self.dtype) for name in names}
+        return {name: np.zeros(shape, self.dtype) for name in past_names(config.num_layers)}
 
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        import torch
-
         tensors = {name: torch.as_tensor(value).to(self.device) for name, value in flat.items()}
         with torch.inference_mode():
             outputs = flat_outputs(self.model(**forward_kwargs(tensors)))

@@ -1,4 +1,4 @@
-"""The checkpoints made here: the trained stand-in, and random weights of other sizes."""
+"""Checkpoints made here: the trained stand-in, and random weights of larger sizes."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint directory as upstream lays one out: configuration, remote code, tokenizer, sharded weights."""
+"""Write a checkpoint directory in upstream's layout: configuration, remote code, tokenizer, sharded weights."""
 
 import json
 import math
@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).parent / "template"
 
 
 def make_config(pieces: int, **sizes: int) -> dict[str, Any]:
-    """A `config.json` in upstream's fields for a sentencepiece model of so many plain pieces.
+    """A `config.json` with upstream's fields. pieces: of the sentencepiece model, without special tokens and bytes.
 
     sizes: num_layers, hidden_size, num_attention_heads, inner_hidden_size, max_sequence_length.
     """
@@ -49,7 +49,7 @@ def make_config(pieces: int, **sizes: int) -> dict[str, Any]:
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    """fp16 weights by state-dict name: normal matrices (std 0.05), LayerNorm near the identity, small biases."""
+    """fp16 weights by state-dict name: normal matrices (std 0.05), LayerNorm weights near 1, small biases."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in expected_shapes(config).items():
@@ -65,16 +65,16 @@ def write_checkpoint(
     tokenizer: sentencepiece_model_pb2.ModelProto,
     num_shards: int = 2,
 ) -> None:
-    """Write the whole file set of a checkpoint into `directory`; weights must be fp16, inv_freq is added.
+    """Write all files of a checkpoint into `directory`; weights must be fp16, inv_freq is added.
 
-    tokenizer: plain pieces only; special tokens, white space and bytes are appended here.
+    tokenizer: plain pieces only; special tokens, white space and bytes are appended here, in place.
     """
     write_files(directory, config, tokenizer)
     _write_shards(directory, _with_inv_freq(config, weights), num_shards)
 
 
 def write_files(directory: Path, config: Mapping[str, Any], tokenizer: sentencepiece_model_pb2.ModelProto) -> None:
-    """Write all files of a checkpoint but its weights."""
+    """Write all files of a checkpoint except its weights."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in TEMPLATE.glob("*.py"):
         shutil.copyfile(file, directory / file.name)
@@ -100,7 +100,7 @@ def write_files(directory: Path, config: Mapping[str, Any], tokenizer: sentencep
 
 
 def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that is stored: the weights, and inv_freq of every layer."""
+    """Shape of every stored tensor: the weights, and inv_freq of every layer."""
     rotary = config["hidden_size"] // config["num_attention_heads"] // 2
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
@@ -117,7 +117,7 @@ def _with_inv_freq(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor
 
 
 def split(shapes: Mapping[str, Sequence[int]], num_shards: int) -> list[list[str]]:
-    """Names of the tensors of each shard: in their order, and about equal in size."""
+    """The tensor names of each shard: in order, in shards of about equal size."""
     total = sum(math.prod(shape) for shape in shapes.values())
     parts: list[list[str]] = [[] for _ in range(num_shards)]
     before = 0

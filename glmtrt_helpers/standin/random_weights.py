@@ -1,8 +1,8 @@
 """Write a checkpoint of random weights at a size worth measuring, up to the real one, in a fraction of its memory.
 
-File set, tensor names, shapes and shards are upstream's. The numbers are drawn so that a model of them behaves as one
-does: the product of a normalised row and a matrix has a spread near 1, nothing comes near the end of fp16, and logits
-differ by more than rounding. What such a model says means nothing; `Checkpoint.is_random` tells it from a trained one.
+Files, tensor names, shapes and shards are upstream's. The weights are scaled so that the model is numerically like a
+trained one: a linear layer's outputs have a standard deviation near 1, nothing comes near the limits of fp16, and
+logits differ by more than rounding. The answers mean nothing; `Checkpoint.is_random` marks such a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,21 +33,31 @@ from glmtrt_helpers.standin import build, train
 # pieces: of the tokenizer, before special tokens and bytes; the rest are fields of config.json.
 SIZES: Mapping[str, Mapping[str, int]] = {
     "300m": {
-        "pieces": 19_600, "vocab_size": 20_000, "num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8,
-        "inner_hidden_size": 4096, "max_sequence_length": 2048,
+        "pieces": 19_600,
+        "vocab_size": 20_000,
+        "num_layers": 8,
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "inner_hidden_size": 4096,
+        "max_sequence_length": 2048,
     },
     "6b": {
-        "pieces": 130_000, "vocab_size": 130_528, "num_layers": 28, "hidden_size": 4096, "num_attention_heads": 32,
-        "inner_hidden_size": 16_384, "max_sequence_length": 2048,
+        "pieces": 130_000,
+        "vocab_size": 130_528,
+        "num_layers": 28,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "inner_hidden_size": 16_384,
+        "max_sequence_length": 2048,
     },
-}  # fmt: skip
-# Name of a shard, name of the index.
+}
+# Names of a shard and of the index.
 FORMATS = {
     "safetensors": ("model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"),
     "bin": ("pytorch_model-{:05}-of-{:05}.bin", "pytorch_model.bin.index.json"),
 }
 _SHARDS = 8
-_CHUNK = 2**22  # numbers drawn at once, by each thread
+_CHUNK = 2**22  # numbers that a thread draws at a time
 _INTO_RESIDUAL = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 _SMALL_FILES = 20_000_000  # bytes of tokenizer and source, at most
 
@@ -60,11 +70,11 @@ def write_random(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write a whole random checkpoint into `directory`. progress is called with bytes of weights done and in all.
+    """Write a complete random checkpoint into `directory`.
 
-    weights: "safetensors", or "bin" for archives as in the download. Each tensor is drawn straight into the mapped
-    file, from a generator of its own, so memory depends neither on the size nor on the number of threads.
-    Raises WorkbookError for an unknown size or format, and where the disk has no room.
+    weights: "safetensors", or "bin" for archives as in the download. progress: called with bytes written and total.
+    Each tensor is drawn directly into the memory-mapped file, from a generator of its own, so memory depends neither on
+    the size nor on the number of threads. Raises WorkbookError for an unknown size or format, and for a full disk.
     """
     if size not in SIZES:
         raise WorkbookError(f"there is no size {size!r}: choose tiny, {' or '.join(SIZES)}.")
@@ -82,27 +92,15 @@ def write_random(
             f"{directory} needs {total / 1e9:.1f} GB and has {free / 1e9:.1f}: free some, or take another disk."
         )
     build.write_files(directory, config, filled_tokenizer(pieces))
-    shard_name, index_name = FORMATS[weights]
-    meter = _Meter(total, progress)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(build.split(shapes, _SHARDS), 1):
-        file = shard_name.format(number, _SHARDS)
-        with replacing(directory / file) as temporary:
-            mapped = _make_shard(temporary, {name: shapes[name] for name in names})
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                filled = [pool.submit(_fill, name, tensor, seed, meter) for name, tensor in mapped.items()]
-            for one in filled:
-                one.result()  # an error of a thread is raised here
-            del mapped
-        weight_map |= dict.fromkeys(names, file)
-    with replacing(directory / index_name) as temporary:
+    weight_map = _write_shards(directory, FORMATS[weights][0], shapes, seed, _Meter(total, progress))
+    with replacing(directory / FORMATS[weights][1]) as temporary:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
 class _Meter:
-    """Bytes that all threads have written."""
+    """Counts the bytes that all threads have written."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None]):
         self.total, self.progress, self.done = total, progress, 0
@@ -114,8 +112,26 @@ class _Meter:
             self.progress(self.done, self.total)
 
 
+def _write_shards(
+    directory: Path, shard_name: str, shapes: Mapping[str, Sequence[int]], seed: int, meter: _Meter
+) -> dict[str, str]:
+    """Write all shards, each whole or not at all; returns the file of every tensor."""
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(build.split(shapes, _SHARDS), 1):
+        file = shard_name.format(number, _SHARDS)
+        with replacing(directory / file) as temporary:
+            mapped = _make_shard(temporary, {name: shapes[name] for name in names})
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                futures = [pool.submit(_fill, name, tensor, seed, meter) for name, tensor in mapped.items()]
+            for future in futures:
+                future.result()  # raises what the thread raised
+            del mapped
+        weight_map |= dict.fromkeys(names, file)
+    return weight_map
+
+
 def _make_shard(file: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
-    """A file of the right layout without its data; returns its tensors, mapped so that writing to them fills it."""
+    """Create a shard without its data; returns its tensors, mapped so that writing to them writes the file."""
     if ".bin." in file.name:
         with skip_data():
             torch.save({name: torch.empty(*shape, dtype=torch.half) for name, shape in shapes.items()}, file)
@@ -125,7 +141,7 @@ def _make_shard(file: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, to
     size = len(header) + sum(2 * math.prod(shape) for shape in shapes.values())
     with file.open("wb") as stream:
         stream.write(header)
-        os.posix_fallocate(stream.fileno(), 0, size)  # a full disk is an error now, and not a signal later
+        os.posix_fallocate(stream.fileno(), 0, size)  # a full disk raises an error here, not a signal later
     mapped = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
     tensors, offset = {}, len(header)
     for name, shape in shapes.items():
@@ -136,8 +152,8 @@ def _make_shard(file: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, to
 
 
 def _fill(name: str, tensor: torch.Tensor, seed: int, meter: _Meter) -> None:
-    """Draw one tensor; equal names, seeds and shapes give equal numbers."""
-    torch.set_num_threads(1)  # of this thread: the tensors are what is shared out
+    """Draw one tensor; the same name, seed and shape give the same numbers."""
+    torch.set_num_threads(1)  # for this thread: the work is split by tensor
     if name.endswith("inv_freq"):
         tensor.copy_(remote_code.inv_freq(2 * tensor.numel()))
         meter.add(tensor.nbytes)
@@ -146,20 +162,20 @@ def _fill(name: str, tensor: torch.Tensor, seed: int, meter: _Meter) -> None:
     drawn_as = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
     digest = hashlib.sha256(f"{seed} {drawn_as}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
-    mean, spread = (1.0, 0.02) if name.endswith("layernorm.weight") else (0.0, 0.02)
+    mean, deviation = (1.0, 0.02) if name.endswith("layernorm.weight") else (0.0, 0.02)
     if tensor.ndim == 2:
-        # What goes into the residual is wider: through the residual alone every token would predict itself, as the
-        # last matrix is the embedding again.
-        spread = (2.7 if name.endswith(_INTO_RESIDUAL) else 1.28) / math.sqrt(tensor.shape[1])
+        # Layers that write to the residual get a larger deviation: the residual alone would make every token predict
+        # itself, because lm_head is the embedding again.
+        deviation = (2.7 if name.endswith(_INTO_RESIDUAL) else 1.28) / math.sqrt(tensor.shape[1])
     flat, buffer = tensor.view(-1), torch.empty(_CHUNK)
     for start in range(0, flat.numel(), _CHUNK):
         part = flat[start : start + _CHUNK]
-        part.copy_(buffer[: part.numel()].normal_(mean, spread, generator=generator))
+        part.copy_(buffer[: part.numel()].normal_(mean, deviation, generator=generator))
         meter.add(part.nbytes)
 
 
 def filled_tokenizer(pieces: int) -> sentencepiece_model_pb2.ModelProto:
-    """The stand-in's tokenizer, filled up to `pieces` with Chinese characters and made-up words that are rare."""
+    """The stand-in's tokenizer, padded to `pieces` with Chinese characters and invented words of low score."""
     proto = train.train_tokenizer(train.load_corpus(), 900)
     present = {piece.piece for piece in proto.pieces}
     characters = map(chr, chain(range(0x4E00, 0xA000), range(0x3400, 0x4DC0), range(0xAC00, 0xD7A4)))

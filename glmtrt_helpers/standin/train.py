@@ -1,7 +1,7 @@
 """Train the stand-in: a sentencepiece model and a small ChatGLM-6B that knows its corpus by heart.
 
-Training goes on until every answer comes out exactly under greedy decoding, in fp32 and in fp16, and at every step the
-first logit leads the second by more than `MARGIN`, so that tokens can be compared across backends.
+Training continues until greedy decoding gives every answer exactly, in fp32 and in fp16, and the largest logit of every
+step leads the second by more than `MARGIN`, so that tokens can be compared across backends.
 """
 
 import io
@@ -29,8 +29,7 @@ from glmtrt_helpers.standin import build
 
 CORPUS = Path(__file__).parent / "corpus.jsonl"
 MARGIN = 1.0
-# Training aims higher than it must reach, so that rounding to fp16 keeps the margin.
-_TARGET_MARGIN = 2.5
+_TARGET_MARGIN = 2.5  # higher than MARGIN, which must hold after rounding to fp16
 _SIZES = {
     "num_layers": 4,
     "hidden_size": 128,
@@ -43,7 +42,7 @@ Rounds = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """One answer to learn: the rounds before it, the question, and the text that must come out."""
+    """One answer to learn: the rounds before it, the question, and the answer's text."""
 
     history: tuple[tuple[str, str], ...]
     question: str
@@ -62,7 +61,7 @@ def load_corpus(path: Path = CORPUS) -> list[Example]:
 def train_tokenizer(examples: Sequence[Example], pieces: int) -> sentencepiece_model_pb2.ModelProto:
     """A sentencepiece model of at most `pieces` plain pieces, in upstream's order: <pad> 3, <n> 4, "▁" 5.
 
-    A character that occurs once in the corpus gets no piece, so it is spelt in bytes.
+    A character that occurs only once in the corpus gets no piece, so it is encoded in bytes.
     """
     texts = [text for example in examples for text in (example.question, example.answer)]
     texts += ["[Round 0]\n问：\n答：", "[Round 1]\n问：\n答："] * 2
@@ -74,11 +73,20 @@ def train_tokenizer(examples: Sequence[Example], pieces: int) -> sentencepiece_m
             lines.append("".join(" " if character in rare else character for character in line))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=pieces, hard_vocab_limit=False,
-        model_type="unigram", character_coverage=1.0, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=True, pad_id=3, user_defined_symbols=["<n>"],
-        num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=pieces,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        pad_id=3,
+        user_defined_symbols=["<n>"],
+        num_threads=1,
+        minloglevel=2,
+    )
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model.getvalue())
     plain = sorted(proto.pieces[5:], key=lambda piece: piece.piece != "▁")
@@ -97,7 +105,7 @@ def encode_examples(checkpoint: Checkpoint, examples: Sequence[Example]) -> list
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
-    """Ids the model is to produce for an answer, <eop> included."""
+    """Token ids of an answer, with <eop>."""
     return [*tokenizer.encode_text(answer), tokenizer.eop_id]
 
 
@@ -107,7 +115,7 @@ def _batch(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], dtype: to
 
 
 def _targets(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """What each position must predict, (batch, S); -100 up to <sop>, in the padding and at the end."""
+    """The token that each position must predict, (batch, S); -100 before <sop>, in the padding and at the end."""
     after_sop = (ids == int(checkpoint.config["bos_token_id"])).cumsum(1) > 0
     following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
     return torch.where(after_sop, following, -100)
@@ -116,9 +124,9 @@ def _targets(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
 def lowest_margin(
     model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> float:
-    """The smallest lead, over every step of every answer, of the right token's logit over the best other one.
+    """The smallest difference, over every step of every answer, between the right token's logit and the next best.
 
-    Positive means that greedy decoding gives every answer exactly.
+    Positive: greedy decoding gives every answer exactly.
     """
     worst = float("inf")
     with torch.inference_mode():
@@ -144,7 +152,7 @@ def build_standin(
 ) -> dict[str, float]:
     """Train a stand-in on `examples` (the whole corpus by default) and write it to `directory`.
 
-    Returns the lowest margins {"fp32": ..., "fp16": ...}. Raises WorkbookError when `max_epochs` do not reach `MARGIN`.
+    Returns the lowest margins {"fp32": ..., "fp16": ...}. Raises WorkbookError if they do not exceed `MARGIN`.
     """
     examples = load_corpus() if examples is None else examples
     torch.manual_seed(seed)
@@ -156,7 +164,7 @@ def build_standin(
 
     checkpoint = open_checkpoint(directory)
     model: Any = loading.load_model(checkpoint, torch.float32)
-    model.lm_head.weight = model.transformer.word_embeddings.weight  # equal in upstream's weights, too
+    model.lm_head.weight = model.transformer.word_embeddings.weight  # as in upstream's weights
     sequences = encode_examples(checkpoint, examples)
     _fit(model, checkpoint, sequences, max_epochs, seed)
 
@@ -177,7 +185,7 @@ def build_standin(
 def _fit(
     model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], max_epochs: int, seed: int
 ) -> None:
-    """Adam until the lowest margin passes the target; batches hold answers of similar length."""
+    """AdamW until the lowest margin exceeds the target; answers of similar length share a batch."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))

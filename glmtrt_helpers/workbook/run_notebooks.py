@@ -1,9 +1,13 @@
-"""TODO."""
+"""Execute the notebooks, each in a clean kernel: all in order for `glmtrt workbook`, or one for its test."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.core import processes, tensorrt_package
@@ -11,6 +15,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.workbook.setup import MODEL_VARIABLE, ROOT
 
+GENERATES = "generates"  # tag of cells that generate text
 SAVED = "Saved result, of the small checkpoint: without a GPU this one would take minutes for each answer.\n"
 
 
@@ -19,35 +24,30 @@ def notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def too_slow_to_talk(checkpoint: Checkpoint) -> bool:
-    """Whether text takes minutes here, so that cells tagged `generates` show what they gave on the small checkpoint."""
+def generates_too_slowly(checkpoint: Checkpoint) -> bool:
+    """Whether an answer takes minutes here, so that cells tagged `generates` show their committed outputs."""
     return checkpoint.is_large and not tensorrt_package.gpus()
 
 
-def execute(notebook: Path, output: Path, timeout: int = 1200, *, talk: bool = True) -> None:
-    """Run one notebook from a clean kernel and write the executed copy; an error output is raised as WorkbookError.
+def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool = True) -> None:
+    """Run one notebook in a clean kernel and write the executed copy. Raises WorkbookError when a cell fails.
 
-    talk: without it, cells tagged `generates` are not run; they keep their committed outputs, marked as such.
+    timeout: seconds for each cell. generate: whether cells tagged `generates` run; otherwise they keep their committed
+    outputs, under a note that says so.
     """
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    class Client(NotebookClient):
-        async def async_execute_cell(self, cell: Any, *args: Any, **options: Any) -> Any:
-            if talk or "generates" not in cell.metadata.get("tags", []):
-                return await super().async_execute_cell(cell, *args, **options)
-            cell.outputs.insert(0, nbformat.v4.new_output("stream", name="stdout", text=SAVED))
-            return cell
-
     content = nbformat.read(notebook, as_version=4)
-    client = Client(
+    client = NotebookClient(
         content,
         timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(notebook.parent)}},
         extra_arguments=["--log-level=ERROR"],  # the kernel warns about its transport
+        skip_cells_with_tag="" if generate else GENERATES,
     )
+    if not generate:
+        for cell in content.cells:
+            if GENERATES in cell.metadata.get("tags", []):
+                cell.outputs.insert(0, nbformat.v4.new_output("stream", name="stdout", text=SAVED))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         client.execute(env={**processes.huge_page_environment(), "PYTHONHASHSEED": "0"})
@@ -60,20 +60,18 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, talk: bool = T
 
 def run_all(model: str, output: Path) -> None:
     """Execute every notebook on `model`, with progress, into `output`."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     os.environ[MODEL_VARIABLE] = model
     checkpoint = open_checkpoint(ROOT / model)
-    talk = not too_slow_to_talk(checkpoint)
+    generate = not generates_too_slowly(checkpoint)
     if checkpoint.is_random:
-        print(f"{model} holds random weights: for measuring, what it says means nothing.")
-    if not talk:
+        print(f"{model} holds random weights, for measuring: its answers mean nothing.")
+    if not generate:
         print("Cells that generate text show saved results, each marked: without a GPU an answer would take minutes.")
     paths = notebooks()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         for number, path in enumerate(paths, 1):
             task = progress.add_task(f"{number}/{len(paths)} {path.stem}", total=1)
-            execute(path, output / path.name, talk=talk)
+            execute(path, output / path.name, generate=generate)
             progress.update(task, advance=1)
             if not sys.stdout.isatty():
                 print(f"{number}/{len(paths)} {path.stem} done", flush=True)

@@ -1,4 +1,4 @@
-"""What the notebooks have in common: finding the working copy, and running them all in order."""
+"""What the notebooks share: opening the working copy, scratch copies for failing lessons, and staged failures."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ from glmtrt_helpers.export import exporting
 from glmtrt_helpers.patches import patching
 from glmtrt_helpers.standin import random_weights
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_MODEL = "models/chatglm_tiny"
-# Set by `make workbook MODEL=...`; a path from the project's folder, or an absolute one.
+# Set by `make workbook MODEL=...`: a path relative to the project's folder, or an absolute one.
 MODEL_VARIABLE = "GLMTRT_MODEL"
 
 
 def start(*, create: bool = False) -> Checkpoint:
-    """Open the working copy of the chosen checkpoint; every notebook begins with this.
+    """Open the working copy of the selected checkpoint; every notebook begins with this.
 
-    The current directory becomes the project's folder, so that paths read the same in a notebook and in a shell.
-    create: make or refresh the working copy (notebook 00). Without it, a missing copy is an error naming notebook 00.
+    The current directory becomes the project's folder, so that paths are the same in a notebook and in a shell.
+    create: make or refresh the working copy (notebook 00). Without it, a missing copy raises WorkbookError.
     """
     os.chdir(ROOT)
     display.use_workbook_style()
@@ -41,7 +41,7 @@ def start(*, create: bool = False) -> Checkpoint:
 
 
 def scratch_copy(label: str) -> Path:
-    """A fresh, unpatched copy of the shipped checkpoint under build/scratch/, for lessons that break something."""
+    """A fresh, unpatched copy of the shipped checkpoint under build/scratch/, for cells that break something."""
     copy = Path("build/scratch") / label
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(DEFAULT_MODEL, copy)
@@ -49,7 +49,7 @@ def scratch_copy(label: str) -> Path:
 
 
 def scratch_engine(label: str) -> Checkpoint:
-    """The shipped checkpoint, patched, exported and built in a fresh copy, for lessons that break one of these."""
+    """A fresh copy of the shipped checkpoint, patched, exported and built, for cells that break one of these."""
     directory = scratch_copy(label)
     patching.patch_checkpoint(directory)
     checkpoint = open_checkpoint(directory)
@@ -59,23 +59,23 @@ def scratch_engine(label: str) -> Checkpoint:
 
 
 def middle_checkpoint() -> Checkpoint:
-    """Random weights of 283 MB, patched: large enough to see in a process's memory where the weights are."""
+    """A patched checkpoint of 283 MB of random weights: large enough for them to show in a process's memory."""
     directory = Path("build/scratch/chatglm_300m")
-    if not (directory / "model.safetensors.index.json").exists():  # it is written last
+    if not (directory / "model.safetensors.index.json").exists():  # written last
         random_weights.write_random(directory, "300m")
     patching.patch_checkpoint(directory)
     return open_checkpoint(directory)
 
 
 def scratch_file(name: str) -> Path:
-    """A path under build/scratch/ for something that is thrown away."""
+    """A path under build/scratch/ for a temporary result."""
     path = Path("build/scratch") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def reference_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What PyTorch runs in on a CPU: fp32, or fp16 with mapped weights where fp32 would not fit a laptop."""
+    """The dtype of PyTorch on a CPU: fp32, or memory-mapped fp16 where fp32 would not fit in a laptop."""
     return torch.float32 if checkpoint.weight_bytes < 2e9 else torch.float16
 
 
@@ -83,9 +83,9 @@ def reference_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def expect(
     error: type[BaseException] | tuple[type[BaseException], ...], says: str = "", lines: int = 3
 ) -> Iterator[None]:
-    """Stage a failure: the block must raise `error` with `says` in its text; prints the end of what it said.
+    """Require that the block raises `error` with `says` in its text, and print up to `lines` lines from there on.
 
-    A block that does not fail, or fails otherwise, is itself an error: the lesson it stages would be untrue.
+    A block that does not fail, or fails otherwise, is itself an error: the notebook would claim something untrue.
     """
     try:
         yield
@@ -93,8 +93,8 @@ def expect(
         text = str(caught).strip()
         if says not in text:
             raise
-        said = [line.strip() for line in text.splitlines() if line.strip()]
-        shown = next((i for i, line in enumerate(said) if says in line), 0)
-        print(f"{type(caught).__name__}: " + "\n  ".join(line[:300] for line in said[shown : shown + lines]))
+        message = [line.strip() for line in text.splitlines() if line.strip()]
+        first = next((i for i, line in enumerate(message) if says in line), 0)
+        print(f"{type(caught).__name__}: " + "\n  ".join(line[:300] for line in message[first : first + lines]))
     else:
         raise AssertionError(f"this cell was to fail with {error} and did not")

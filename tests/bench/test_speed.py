@@ -1,4 +1,4 @@
-"""`glmtrt bench DIR`: floors by hand, a run on this machine, and what it keeps."""
+"""`glmtrt bench DIR`: a run on this machine, and the JSON that it writes."""
 
 import json
 from pathlib import Path
@@ -9,37 +9,22 @@ from support.exporting import exported_copy
 from glmtrt_helpers.bench import results, speed
 from glmtrt_helpers.bench.roofline import floor_ms
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-from glmtrt_helpers.cli.commands import app
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.engines.profiles import real_size
 
 
-def test_floors_by_hand(_random_master: Path) -> None:
-    """The real size on a card of 4300 GB/s and 450 TFLOP/s: 12.35 GB a token; 12.9 GFLOP for each token of a prompt."""
-    real = real_size(open_checkpoint(_random_master))
-    report = results.Report(4300.0, 450.0, 12_346_572_800)
-    assert floor_ms(real, report, "decode", 1, 512) == pytest.approx(2.871, rel=1e-3)
-    assert floor_ms(real, report, "decode", 64, 512) == pytest.approx(2.871, rel=1e-3)
-    layers, head = 28 * 12 * 4096**2, 130528 * 4096
-    assert floor_ms(real, report, "prefill", 1, 512) == pytest.approx(
-        2 * (512 * layers + head) / 450e12 * 1000, rel=1e-6
-    )
-    assert floor_ms(real, report, "prefill", 1, 8) == pytest.approx(2.871, rel=1e-3)
-
-
-def test_sizes_end_where_the_model_ends(_random_master: Path) -> None:
+def test_sizes_stay_within_the_models_positions(_random_master: Path) -> None:
     checkpoint = open_checkpoint(_random_master)  # 1024 positions
-    wanted = speed.sizes(checkpoint)
-    assert ("decode", 1, 512) in wanted and ("decode", 64, 512) in wanted and ("prefill", 1, 512) in wanted
-    assert max(past for _, _, past in wanted) == 512
-    assert speed.sizes(checkpoint, [9], [], [2]) == [("decode", 1, 9), ("decode", 2, 512)]
+    sizes = speed.default_sizes(checkpoint)
+    assert ("decode", 1, 512) in sizes and ("decode", 64, 512) in sizes and ("prefill", 1, 512) in sizes
+    assert max(past for _, _, past in sizes) == 512
+    assert speed.default_sizes(checkpoint, [9], [], [2]) == [("decode", 1, 9), ("decode", 2, 512)]
 
 
 def test_a_run_on_this_machine(tmp_path: Path) -> None:
     checkpoint = exported_copy(tmp_path)
-    said: list[str] = []
+    phases: list[str] = []
     sizes = [("decode", 1, 16), ("prefill", 2, 32)]
-    report = speed.measure(checkpoint, "fp32", sizes, samples=4, progress=said.append)
+    report = speed.measure(checkpoint, "fp32", sizes, samples=4, progress=phases.append)
     assert [(row.engine, row.phase, row.batch, row.past) for row in report.rows] == [
         (engine, *size) for engine in ("torch-eager", "ort-cpu") for size in sizes
     ]
@@ -51,26 +36,16 @@ def test_a_run_on_this_machine(tmp_path: Path) -> None:
         assert row.floor_fraction == pytest.approx(floor / row.median_ms)
     assert set(report.missing) == {"torch-graph", "classical", "fast"}
     assert 0.1 < report.copy_bandwidth_gb_s < 10_000 and 0.001 < report.matrix_tflop_s < 10_000
-    assert "ort-cpu: prefill, batch 2, 32 tokens" in said
-    results.save(tmp_path / "kept.json", checkpoint, report, "glmtrt bench somewhere")
-    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert "ort-cpu: prefill, batch 2, 32 tokens" in phases
+    results.save(tmp_path / "run.json", checkpoint, report, "glmtrt bench somewhere")
+    saved = json.loads((tmp_path / "run.json").read_text())
     assert {"gpu", "driver", "versions", "commit", "command", "date", "copy_bandwidth_gb_s", "matrix_tflop_s",
-            "weights_bytes", "rows", "memory", "build"} <= set(kept)  # fmt: skip
-    assert set(kept["rows"][0]) == {"engine", "phase", "batch", "past", "dtype", "samples_ms", "median_ms",
+            "weights_bytes", "rows", "memory", "build"} <= set(saved)  # fmt: skip
+    assert set(saved["rows"][0]) == {"engine", "phase", "batch", "past", "dtype", "samples_ms", "median_ms",
                                     "tokens_per_s", "floor_fraction"}  # fmt: skip
-    assert kept["build"][0]["engine"] == "torch-eager" and kept["command"] == "glmtrt bench somewhere"
+    assert saved["build"][0]["engine"] == "torch-eager" and saved["command"] == "glmtrt bench somewhere"
 
 
-def test_an_engine_that_is_none(_random_master: Path) -> None:
+def test_an_unknown_engine_is_refused(_random_master: Path) -> None:
     with pytest.raises(WorkbookError, match="there is no engine 'abacus' to measure here: choose torch-eager"):
         speed.measure(open_checkpoint(_random_master), only=["abacus"])
-
-
-def test_the_command_takes_a_folder_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = exported_copy(tmp_path)
-    where = tmp_path / "out.json"
-    args = [str(checkpoint.directory), "--engine", "ort-cpu", "--past", "8", "--samples", "2", "--output", str(where)]
-    app(["bench", *args], standalone_mode=False)
-    assert "ort-cpu" in capsys.readouterr().out
-    rows = json.loads(where.read_text())["rows"]
-    assert [(row["phase"], row["past"], len(row["samples_ms"])) for row in rows] == [("decode", 8, 2)]

@@ -1,21 +1,18 @@
-"""Chat: streaming, rounds, stopping, the end of the context, batches; on the trained checkpoint through PyTorch."""
+"""Chat: streaming, rounds, stopping, the context limit, batches; on the trained checkpoint, with PyTorch."""
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from support.checkpoints import TINY
-from test_runtime import Scripted
+from support.scripted import Scripted
 
-from glmtrt_helpers.chat.conversation import ROOM, Chat, compare, comparison_rows, post_process, settled_part
+from glmtrt_helpers.chat.conversation import ROOM, Chat, post_process, settled_part
 from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.prompts import chat_prompt
-from glmtrt_helpers.sessions.decode_loop import greedy
 from glmtrt_helpers.sessions.pytorch import TorchSession
 from glmtrt_helpers.standin import train
 
@@ -32,19 +29,27 @@ def session(checkpoint: Checkpoint) -> TorchSession:
     return TorchSession(loading.load_model(checkpoint))
 
 
-# What a stream may have to wait for.
-NASTY = [
-    "你好,world", "a , 你", "多少?! 多", "[[训练时间]]了", "x[[训练", "😀,好:",
-    "  两  空格  ", "end ", "a:b;c", "问\n\n答 ",
-]  # fmt: skip
+# Texts whose last characters depend on what follows.
+UNSETTLED = [
+    "你好,world",
+    "a , 你",
+    "多少?! 多",
+    "[[训练时间]]了",
+    "x[[训练",
+    "😀,好:",
+    "  两  空格  ",
+    "end ",
+    "a:b;c",
+]
+UNSETTLED += ["问\n\n答 "]
 CONVERSATION = next(e for e in train.load_corpus() if len(e.history) >= 1)
 
 
 def test_a_conversation_remembers_its_rounds(checkpoint: Checkpoint, session: TorchSession) -> None:
-    talk = Chat(checkpoint, session, GREEDY)
+    chat = Chat(checkpoint, session, GREEDY)
     for question, answer in (*CONVERSATION.history, (CONVERSATION.question, CONVERSATION.answer)):
-        assert talk.ask(question) == answer
-    assert talk.history == [*CONVERSATION.history, (CONVERSATION.question, CONVERSATION.answer)]
+        assert chat.ask(question) == answer
+    assert chat.history == [*CONVERSATION.history, (CONVERSATION.question, CONVERSATION.answer)]
 
 
 def test_replies_grow_and_say_how_it_ended(checkpoint: Checkpoint, session: TorchSession) -> None:
@@ -52,24 +57,23 @@ def test_replies_grow_and_say_how_it_ended(checkpoint: Checkpoint, session: Torc
     assert [len(reply.ids) for reply in replies] == [*range(1, len(replies)), len(replies) - 1]
     assert {reply.ended for reply in replies[:-1]} == {""} and replies[-1].ended == "eop"
     assert len({reply.text for reply in replies}) > 10 and replies[0].text != replies[-1].text
-    assert replies[-1].prompt == 4 or replies[-1].prompt == len(chat_prompt(
-        load_tokenizer(checkpoint), "你好"))  # fmt: skip
+    assert replies[-1].prompt == len(chat_prompt(load_tokenizer(checkpoint), "你好"))
     assert 0 < replies[-1].to_first <= replies[-1].seconds and replies[-1].tokens_per_second > 0
 
 
 @pytest.mark.parametrize("start", range(0, 60, 20))
 def test_settled_text_is_never_taken_back(checkpoint: Checkpoint, start: int) -> None:
-    """Over answers of the corpus and some nasty ones, cut at every token: each settled part begins the final text."""
+    """Cut at every token, the settled part of a text only grows, and is always the start of the final text."""
     tokenizer = load_tokenizer(checkpoint)
-    answers = [example.answer for example in train.load_corpus()[start : start + 20]] + NASTY
+    answers = [example.answer for example in train.load_corpus()[start : start + 20]] + UNSETTLED
     for answer in answers:
         ids = tokenizer.encode_text(answer)
         final = post_process(tokenizer.decode(ids))
-        before = ""
+        previous = ""
         for end in range(1, len(ids) + 1):
             settled = settled_part(post_process(tokenizer.decode(ids[:end])))
-            assert settled.startswith(before) and final.startswith(settled), (answer, end, settled, final)
-            before = settled
+            assert settled.startswith(previous) and final.startswith(settled), (answer, end, settled, final)
+            previous = settled
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_settled_text_is_never_taken_back(checkpoint: Checkpoint, start: int) ->
 )
 def test_post_processing(raw: str, processed: str) -> None:
     assert post_process(raw) == processed
-    # Upstream's own formulation: for each mark two substitutions, behind and before a character of 4e00 to 9fff.
+    # Upstream's own formulation: for each mark two substitutions, after and before a character from 4e00 to 9fff.
     text = raw.strip().replace("[[训练时间]]", "2023年")
     for half, full in ((",", "，"), ("!", "！"), (":", "："), (";", "；"), (r"\?", "？")):
         text = re.sub(rf"([一-鿿]){half}", rf"\1{full}", text)
@@ -94,60 +98,54 @@ def test_post_processing(raw: str, processed: str) -> None:
     assert processed == text
 
 
-def scripted(checkpoint: Checkpoint, script: Sequence[int]) -> Scripted:
-    return Scripted(checkpoint, script)
-
-
-def test_cancelled_midway_keeps_what_came(checkpoint: Checkpoint) -> None:
-    talk = Chat(checkpoint, scripted(checkpoint, [30] * 100), GREEDY)
+def test_a_cancelled_answer_keeps_what_there_is(checkpoint: Checkpoint) -> None:
+    chat = Chat(checkpoint, Scripted(checkpoint, [30] * 100), GREEDY)
     replies = []
-    for reply in talk.stream("你好"):
+    for reply in chat.stream("你好"):
         replies.append(reply)
         if len(reply.ids) == 5:
-            talk.cancel()
+            chat.cancel()
     assert replies[-1].ended == "stopped" and len(replies[-1].ids) == 5 and len(replies) == 6
-    assert talk.history == [("你好", replies[-1].text)] and replies[-1].text
-    # Not listening any longer is the same.
-    answer = talk.stream("还在吗")
+    assert chat.history == [("你好", replies[-1].text)] and replies[-1].text
+    # To stop iterating is the same.
+    answer = chat.stream("还在吗")
     next(answer)
     answer.close()
-    assert [question for question, _ in talk.history] == ["你好", "还在吗"]
+    assert [question for question, _ in chat.history] == ["你好", "还在吗"]
 
 
 def test_an_error_midway_is_not_a_round(checkpoint: Checkpoint) -> None:
-    talk = Chat(checkpoint, scripted(checkpoint, [30, 31]), GREEDY)  # the script's end raises
+    chat = Chat(checkpoint, Scripted(checkpoint, [30, 31]), GREEDY)  # the script's end raises
     with pytest.raises(RuntimeError):
-        talk.ask("你好")
-    assert talk.history == []
+        chat.ask("你好")
+    assert chat.history == []
 
 
 def test_the_limit_cuts_an_answer(checkpoint: Checkpoint) -> None:
-    talk = Chat(checkpoint, scripted(checkpoint, [30] * 100), GREEDY, max_length=20)
-    *_, last = talk.stream("你好")
+    chat = Chat(checkpoint, Scripted(checkpoint, [30] * 100), GREEDY, max_length=20)
+    *_, last = chat.stream("你好")
     assert last.ended == "length" and last.prompt + len(last.ids) == 20
 
 
-def test_at_the_context_limit_a_choice(checkpoint: Checkpoint) -> None:
-    """By default one clear sentence; with drop_oldest the oldest rounds go, and only as many as must."""
-    talk = Chat(checkpoint, scripted(checkpoint, [30] * 500), GREEDY, max_length=200)
-    talk.history = [(f"问题{i}", "回答" * 5) for i in range(12)]
-    tokens = len(chat_prompt(talk.tokenizer, "还有呢", talk.history))
+def test_the_context_limit_is_an_error_or_drops_rounds(checkpoint: Checkpoint) -> None:
+    """By default it is one clear sentence; with drop_oldest, as many of the oldest rounds are dropped as necessary."""
+    chat = Chat(checkpoint, Scripted(checkpoint, [30] * 500), GREEDY, max_length=200)
+    chat.history = [(f"问题{i}", "回答" * 5) for i in range(12)]
+    tokens = len(chat_prompt(chat.tokenizer, "还有呢", chat.history))
     assert tokens > 200
-    with pytest.raises(
-        WorkbookError, match=rf"has come to {tokens} tokens, at most 199 .* or let the oldest rounds go"
-    ):
-        talk.ask("还有呢")
-    assert len(talk.history) == 12, "nothing was lost"
-    talk.drop_oldest = True
-    *_, last = talk.stream("还有呢")
+    with pytest.raises(WorkbookError, match=rf"is {tokens} tokens long; at most 199 .* or drop the oldest rounds"):
+        chat.ask("还有呢")
+    assert len(chat.history) == 12, "nothing was lost"
+    chat.drop_oldest = True
+    *_, last = chat.stream("还有呢")
     assert 0 < last.dropped < 12 and last.prompt + ROOM <= 200
     kept = [(f"问题{i}", "回答" * 5) for i in range(last.dropped, 12)]
-    assert talk.history[:-1] == kept
+    assert chat.history[:-1] == kept
     one_more = [(f"问题{i}", "回答" * 5) for i in range(last.dropped - 1, 12)]
-    assert len(chat_prompt(talk.tokenizer, "还有呢", one_more)) + ROOM > 200
-    talk.history = []
-    with pytest.raises(WorkbookError, match="tokens, at most 199"):
-        talk.ask("很长" * 300)
+    assert len(chat_prompt(chat.tokenizer, "还有呢", one_more)) + ROOM > 200
+    chat.history = []
+    with pytest.raises(WorkbookError, match=r"the question alone is \d+ tokens long; at most 199"):
+        chat.ask("很长" * 300)
 
 
 def test_an_empty_question_is_refused(checkpoint: Checkpoint, session: TorchSession) -> None:
@@ -155,34 +153,16 @@ def test_an_empty_question_is_refused(checkpoint: Checkpoint, session: TorchSess
         Chat(checkpoint, session, GREEDY).ask("  \n")
 
 
-def test_together_in_a_batch_as_one_by_one(checkpoint: Checkpoint, session: TorchSession) -> None:
+def test_a_batch_answers_as_one_by_one(checkpoint: Checkpoint, session: TorchSession) -> None:
     examples = [example for example in train.load_corpus() if not example.history]
-    chosen = sorted(examples[:40], key=lambda example: len(example.question))[::10]
-    together = Chat(checkpoint, session, GREEDY).ask_together([example.question for example in chosen])
-    assert together == [example.answer for example in chosen]
+    selected = sorted(examples[:40], key=lambda example: len(example.question))[::10]
+    together = Chat(checkpoint, session, GREEDY).ask_together([example.question for example in selected])
+    assert together == [example.answer for example in selected]
 
 
-def test_sampling_with_a_seed_can_be_repeated(checkpoint: Checkpoint, session: TorchSession) -> None:
+def test_sampling_with_a_seed_is_reproducible(checkpoint: Checkpoint, session: TorchSession) -> None:
     def ask(seed: int) -> str:
         wild = Sampling(temperature=4.0, top_k=0, top_p=1.0, seed=seed)
         return Chat(checkpoint, session, wild, max_length=40).ask("你好")
 
     assert ask(1) == ask(1) != ask(2)
-
-
-def test_backends_are_compared_token_by_token(checkpoint: Checkpoint, session: TorchSession) -> None:
-    tokenizer = load_tokenizer(checkpoint)
-    right = greedy(session, checkpoint, chat_prompt(tokenizer, "你好"))
-    wrong = [*right[:4], 40, tokenizer.eop_id]
-    (row,) = compare(checkpoint, {"torch": session, "ort": scripted(checkpoint, wrong)}, ["你好"])
-    assert row.first_difference == 4 and row.pieces == {"torch": tokenizer.piece(right[4]), "ort": tokenizer.piece(40)}
-    short = scripted(checkpoint, [*right[:6], tokenizer.eop_id])
-    (row,) = compare(checkpoint, {"torch": session, "ort": short}, ["你好"])
-    assert row.first_difference == 6 and row.pieces["ort"] == "<eop>"
-    (row,) = compare(checkpoint, {"torch": session, "ort": scripted(checkpoint, [*right, tokenizer.eop_id])}, ["你好"])
-    assert row.first_difference is None and len(set(row.answers.values())) == 1
-    assert comparison_rows([row]) == [("你好", row.answers["torch"], "the same", "none")]
-
-
-def test_the_trained_file_is_not_touched(checkpoint: Checkpoint) -> None:
-    assert Path(checkpoint.directory) == TINY

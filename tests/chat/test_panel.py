@@ -1,4 +1,4 @@
-"""The chat panel without a browser: it answers in its thread, streams, stops, and says on what it runs."""
+"""The chat panel without a browser: it answers in its thread, streams, stops, and shows which backend answers."""
 
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(directory)
 
 
-def test_it_streams_the_trained_answer_and_tells_figures(checkpoint: Checkpoint) -> None:
+def test_it_streams_the_trained_answer_and_shows_figures(checkpoint: Checkpoint) -> None:
     panel = ChatPanel(checkpoint, backend="ort")
     texts: list[str] = []
     panel.log.observe(lambda change: texts.append(change["new"]), "value")
@@ -46,19 +46,19 @@ def test_without_tensorrt_it_says_so(checkpoint: Checkpoint) -> None:
     assert [name for _, name in panel.backend.options] == ["torch", "ort"] and panel.backend.value == "ort"
 
 
-def test_stop_and_go_on_and_begin_anew(checkpoint: Checkpoint) -> None:
+def test_stop_continue_and_start_over(checkpoint: Checkpoint) -> None:
     panel = ChatPanel(checkpoint, backend="ort")
     panel.pace.value = 100
     panel.ask("你好")
     while not panel._rounds or not panel._rounds[-1][1]:
         time.sleep(0.02)
-    panel.ask("a second question meanwhile does nothing")
+    panel.ask("a second question at the same time does nothing")
     panel.stop.click()
     panel.wait(10)
     stopped = panel._rounds[-1][1]
     assert panel.status.value.endswith("stopped") and 0 < len(stopped) < len(ANSWERS["你好"])
     assert ANSWERS["你好"].startswith(stopped) and len(panel._rounds) == 1
-    panel.anew.click()
+    panel.new.click()
     assert "No question yet" in panel.log.value and panel.cache.value == 0
     panel.pace.value = 0
     panel.ask("What is a profile?")
@@ -66,7 +66,7 @@ def test_stop_and_go_on_and_begin_anew(checkpoint: Checkpoint) -> None:
     assert ANSWERS["What is a profile?"] in panel.log.value
 
 
-def test_a_conversation_goes_on_on_another_backend(checkpoint: Checkpoint) -> None:
+def test_a_conversation_continues_on_another_backend(checkpoint: Checkpoint) -> None:
     example = next(e for e in train.load_corpus() if len(e.history) == 1)
     panel = ChatPanel(checkpoint, backend="ort")
     panel.ask(example.history[0][0])
@@ -85,7 +85,7 @@ def test_text_is_never_markup(checkpoint: Checkpoint) -> None:
     assert "&lt;script&gt;" in panel.log.value and "<script>" not in panel.log.value
 
 
-def test_an_error_is_shown_and_the_panel_lives_on(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_shown_and_the_panel_goes_on(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     panel = ChatPanel(checkpoint, backend="ort")
 
     def fail(*_: object) -> None:

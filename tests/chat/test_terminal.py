@@ -27,7 +27,7 @@ ANSWERS = {example.question: example.answer for example in train.load_corpus() i
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint, patched and exported."""
     directory = make_working_copy(TINY, tmp_path_factory.mktemp("terminal"))
     patching.patch_checkpoint(directory)
@@ -36,86 +36,85 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str | Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*GLMTRT, *map(str, arguments)],
-        input=typed, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+    command, settings = [*GLMTRT, *map(str, arguments)], {**os.environ, **environment}
+    return subprocess.run(command, input=typed, capture_output=True, encoding="utf-8", check=False, env=settings)
 
 
-def test_the_answer_alone_on_standard_output(walked: Path) -> None:
+def test_the_answer_alone_on_standard_output(exported: Path) -> None:
     for question in ("你好", "What is a profile?"):
-        done = run("chat", walked, "--backend", "ort", "--prompt", question, "--greedy")
+        done = run("chat", exported, "--backend", "ort", "--prompt", question, "--greedy")
         assert done.returncode == 0 and done.stdout == ANSWERS[question] + "\n", done.stderr
-    done = run("chat", walked, "--prompt", "你好", "--greedy", LANG="C", LC_ALL="C")
+    done = run("chat", exported, "--prompt", "你好", "--greedy", LANG="C", LC_ALL="C")
     assert done.stdout == ANSWERS["你好"] + "\n" and "Answering on" in done.stderr
 
 
-def test_every_trained_answer_is_printed_exactly(walked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = open_checkpoint(walked)
+@pytest.mark.slow
+def test_every_trained_answer_is_printed_exactly(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(exported)
     session = backends.open_session(checkpoint, "ort")
     for example in train.load_corpus():
-        talk = Chat(checkpoint, session, Sampling(greedy=True))
-        talk.history = list(example.history)
-        answer(talk, example.question)
+        chat = Chat(checkpoint, session, Sampling(greedy=True))
+        chat.history = list(example.history)
+        answer(chat, example.question)
         assert capsys.readouterr().out == example.answer + "\n"
 
 
-def test_a_pipe_holds_a_conversation(walked: Path) -> None:
+def test_a_pipe_holds_a_conversation(exported: Path) -> None:
     example = next(e for e in train.load_corpus() if len(e.history) == 1)
     typed = f"{example.history[0][0]}\n{example.question}\n"
-    done = run("chat", walked, "--backend", "ort", "--greedy", typed=typed)
+    done = run("chat", exported, "--backend", "ort", "--greedy", typed=typed)
     assert done.stdout == f"{example.history[0][1]}\n{example.answer}\n", done.stderr
 
 
-def test_bad_input_is_one_line(walked: Path, tmp_path: Path) -> None:
-    for arguments, says in (
-        (("chat", walked, "--backend", "gpu", "--prompt", "a"), "'gpu' is no backend"),
-        (("chat", walked, "--backend", "tensorrt", "--prompt", "a"), "model.fp16.plan is missing: run notebook 05"),
-        (("chat", walked, "--backend", "ort", "--prompt", "a", "--temperature", "0"), "temperature 0.0 cannot divide"),
-        (("chat", walked, "--backend", "ort", "--prompt", " "), "the question is empty"),
-        (("chat", walked, "--backend", "ort", "--prompt", "a", "--max-length", "3"), "leave room for an answer"),
+def test_bad_input_is_one_line(exported: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("chat", exported, "--backend", "gpu", "--prompt", "a"), "'gpu' is not a backend"),
+        (("chat", exported, "--backend", "tensorrt", "--prompt", "a"), "model.fp16.plan is missing: run notebook 05"),
+        (("chat", exported, "--backend", "ort", "--prompt", "a", "--temperature", "0"), "temperature 0.0 cannot"),
+        (("chat", exported, "--backend", "ort", "--prompt", " "), "the question is empty"),
+        (("chat", exported, "--backend", "ort", "--prompt", "a", "--max-length", "3"), "leave room for an answer"),
         (("chat", tmp_path / "nowhere", "--prompt", "a"), "is not a directory"),
     ):
         done = run(*arguments)
         assert done.returncode == 1 and done.stdout == "", arguments
         (line,) = [line for line in done.stderr.splitlines() if not line.startswith("Answering on")]
-        assert line.startswith("glmtrt: ") and says in line
+        assert line.startswith("glmtrt: ") and message in line
 
 
 class Terminal:
-    """A program under a pseudo-terminal, what it printed so far, and a keyboard."""
+    """A program in a pseudo-terminal: what it printed, and a keyboard."""
 
     def __init__(self, *command: str | Path):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update(TERM="xterm", LANG="C.UTF-8")
             os.execv(sys.executable, [*GLMTRT, *map(str, command)])
-        self.seen = ""
+        self.output = ""
 
     def expect(self, text: str, timeout: float = 60) -> None:
         end = time.monotonic() + timeout
         raw = b""
-        while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} did not come; seen: {self.seen!r}"
+        while text not in self.output:
+            assert time.monotonic() < end, f"no {text!r} in {self.output!r}"
             raw += os.read(self.fd, 1)
             try:
-                self.seen += raw.decode()
+                self.output += raw.decode()
                 raw = b""
             except UnicodeDecodeError:
                 continue
-        self.seen = self.seen.partition(text)[2]
+        self.output = self.output.partition(text)[2]
 
     def wait_for_text(self, characters: int) -> None:
-        while len(self.seen) < characters:
-            self.seen += os.read(self.fd, 64).decode(errors="replace")
+        while len(self.output) < characters:
+            self.output += os.read(self.fd, 64).decode(errors="replace")
 
     def type(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
 
 @pytest.fixture
-def terminal(walked: Path) -> Iterator[Terminal]:
-    opened = Terminal("chat", walked, "--backend", "ort", "--greedy")
+def terminal(exported: Path) -> Iterator[Terminal]:
+    opened = Terminal("chat", exported, "--backend", "ort", "--greedy")
     yield opened
     os.close(opened.fd)
     os.waitpid(opened.pid, 0)
@@ -129,13 +128,14 @@ def test_chinese_is_typed_erased_and_answered(terminal: Terminal) -> None:
     terminal.type("\n")
 
 
-def test_ctrl_c_ends_the_answer_not_the_conversation(walked: Path) -> None:
+@pytest.mark.slow
+def test_ctrl_c_ends_the_answer_not_the_conversation(exported: Path) -> None:
     wild = ("--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3")
-    terminal = Terminal("chat", walked, "--backend", "torch", *wild)
+    terminal = Terminal("chat", exported, "--backend", "torch", *wild)
     terminal.expect("> ")
     terminal.type("你好\n")
     terminal.expect("\n")
-    terminal.wait_for_text(3)  # it is talking now; such settings seldom come to an end
+    terminal.wait_for_text(3)  # now it is answering; with such settings an answer is long
     os.kill(terminal.pid, signal.SIGINT)
     terminal.expect("(stopped)")
     terminal.expect("> ")
@@ -144,8 +144,8 @@ def test_ctrl_c_ends_the_answer_not_the_conversation(walked: Path) -> None:
     os.close(terminal.fd)
 
 
-def test_text_appears_before_the_last_token_is_computed(walked: Path) -> None:
-    """The session counts its steps to standard error as they are made; text must stand between the counts."""
+def test_text_appears_before_the_last_token_is_computed(exported: Path) -> None:
+    """Every step of the session prints a mark; there must be text between the marks."""
     program = (
         "import sys\n"
         "from glmtrt_helpers.cli import commands\n"
@@ -154,7 +154,7 @@ def test_text_appears_before_the_last_token_is_computed(walked: Path) -> None:
         "def counted(self, call):\n"
         "    sys.stdout.write('|'); sys.stdout.flush(); return step(self, call)\n"
         "OrtSession.step = counted\n"
-        f"sys.argv = ['glmtrt', 'chat', {str(walked)!r}, '--backend', 'ort', '--prompt', '你好', '--greedy']\n"
+        f"sys.argv = ['glmtrt', 'chat', {str(exported)!r}, '--backend', 'ort', '--prompt', '你好', '--greedy']\n"
         "commands.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)

@@ -1,16 +1,52 @@
-"""A streamed model computes what the whole one does and holds one part at a time."""
+"""The model of a checkpoint: whole, on the meta device, or streamed with one part in memory at a time."""
 
+import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import to_bin
 
 from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.sessions.pytorch import TorchSession
+
+
+def test_load_announces_the_code_and_its_hash(tiny_random: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(tiny_random)
+    checkpoint.code.write_text(checkpoint.code.read_text() + "\n# another revision\n")
+    loading.load_model(checkpoint, meta=True)
+    sha256 = hashlib.sha256(checkpoint.code.read_bytes()).hexdigest()
+    said = capsys.readouterr().err
+    assert str(checkpoint.code) in said and sha256[:16] in said
+
+
+def test_bin_and_symbolic_links_load_the_same_model(tiny_random: Path, tmp_path: Path) -> None:
+    expected = loading.load_model(open_checkpoint(tiny_random)).state_dict()
+    to_bin(tiny_random)
+    cache = tmp_path / "hub"  # a hub cache stores blobs elsewhere and links to them
+    cache.mkdir()
+    for file in tiny_random.iterdir():
+        (cache / file.name).symlink_to(file)
+    checkpoint = open_checkpoint(cache)
+    assert not checkpoint.is_safetensors
+    loaded = loading.load_model(checkpoint).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_dtype_layers_and_meta(tiny_random: Path) -> None:
+    checkpoint = open_checkpoint(tiny_random)
+    half = loading.load_model(checkpoint.first_layers(1), torch.float16)
+    assert {p.dtype for p in half.parameters()} == {torch.float16} and len(half.transformer.layers) == 1
+    assert not half.training
+    meta = loading.load_model(checkpoint, meta=True)
+    assert all(p.is_meta for p in meta.parameters())
+    assert not any(b.is_meta for b in meta.buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -29,12 +65,11 @@ def test_streamed_equals_whole_and_holds_one_part(tiny_random: Path, dtype: torc
     streamed = TorchSession(model)
     for batch, sequence, past in ((1, 5, 0), (2, 1, 7)):
         flat = example_inputs(checkpoint, batch, sequence, past, dtype)
-        wanted, got = whole.run(flat), streamed.run(flat)
-        assert all(np.array_equal(wanted[name], got[name]) for name in wanted)
+        expected, actual = whole.run(flat), streamed.run(flat)
+        assert all(np.array_equal(expected[name], actual[name]) for name in expected)
     assert len(held) == 2 * (2 + checkpoint.num_layers + 1)
-    parts = [{name.rpartition(".")[0].split(".attention")[0].split(".mlp")[0] for name in names} for names in held]
-    assert all(len({part.removesuffix(".input_layernorm").removesuffix(".post_attention_layernorm")
-                    for part in names}) <= 1 for names in parts)  # fmt: skip
+    inside = re.compile(r"(transformer\.layers\.\d+|.*)\..*")  # of a layer, or of a module outside the layers
+    assert all(len({inside.fullmatch(name)[1] for name in names}) <= 1 for names in held)  # type: ignore[index]
     assert all(tensor.device.type == "meta" for tensor in model.parameters())
 
 
@@ -51,6 +86,5 @@ def test_an_error_midway_leaves_nothing_behind(tiny_random: Path) -> None:
 def test_only_a_large_fp32_model_is_streamed(tiny_random: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(tiny_random)
     monkeypatch.setattr(checkpoint_module, "LARGE_BYTES", 1000)
-    kinds = {dtype: next(loading.load_bounded(checkpoint, dtype).parameters()).device.type
-             for dtype in (torch.float32, torch.float16)}  # fmt: skip
-    assert kinds == {torch.float32: "meta", torch.float16: "cpu"}
+    for dtype, device in ((torch.float32, "meta"), (torch.float16, "cpu")):
+        assert next(loading.load_bounded(checkpoint, dtype).parameters()).device.type == device

@@ -1,4 +1,4 @@
-"""The choice of a TensorRT package: by what is installed, what the GPU allows, and an explicit wish."""
+"""The choice of a TensorRT package: by what is installed, what the GPU allows, and an explicit choice."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PASCAL = Gpu("NVIDIA GeForce GTX 1080", (6, 1), 8 * 10**9)
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What is installed, as the test says; modules are their own names."""
+    """What is installed, filled by the test; a module is represented by its name."""
     releases: dict[str, str] = {}
     monkeypatch.setattr(tensorrt_package, "version", releases.get)
     monkeypatch.setattr(tensorrt_package, "_load", lambda name: tensorrt_package.MODULES[name])
@@ -24,7 +24,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("releases", "cards", "wish", "building", "chosen"),
+    ("releases", "cards", "explicit", "building", "module"),
     [
         ({"tensorrt-rtx": "1.6.1.120"}, [], None, True, "tensorrt_rtx"),
         ({"tensorrt-rtx": "1.6.1.120"}, [HOPPER], None, False, "tensorrt_rtx"),
@@ -37,32 +37,37 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     ],
 )
 def test_choice(
-    installed: dict[str, str], releases: dict[str, str], cards: list[Gpu], wish: str | None, building: bool, chosen: str
+    installed: dict[str, str],
+    releases: dict[str, str],
+    cards: list[Gpu],
+    explicit: str | None,
+    building: bool,
+    module: str,
 ) -> None:
     installed |= releases
-    package = tensorrt_package.choose(wish, cards, building=building)
-    assert package.module == chosen and package.version == releases[package.name]
+    package = tensorrt_package.choose(explicit, cards, building=building)
+    assert package.module == module and package.version == releases[package.name]
     assert package.name in package.reason and package.version in package.reason
 
 
 @pytest.mark.parametrize(
-    ("releases", "cards", "wish", "says"),
+    ("releases", "cards", "explicit", "says"),
     [
         ({}, [], None, "tensorrt-rtx is not installed; tensorrt is not installed"),
-        ({"tensorrt-rtx": "1.7.1.116"}, [HOPPER], None, "refuses Hopper: install tensorrt-rtx 1.6.1.120"),
-        ({"tensorrt-rtx": "1.6.1.120"}, [PASCAL], None, "does not list compute capability 6.1 for it)"),
-        ({"tensorrt": "10.14.1"}, [], None, "needs a GPU, also to build"),
-        ({"tensorrt": "10.14.1"}, [PASCAL], None, "does not support compute capability 6.1"),
+        ({"tensorrt-rtx": "1.7.1.116"}, [HOPPER], None, "refuses Hopper since 1.7: install tensorrt-rtx 1.6.1.120"),
+        ({"tensorrt-rtx": "1.6.1.120"}, [PASCAL], None, "capability 6.1 is not supported, according to NVIDIA)"),
+        ({"tensorrt": "10.14.1"}, [], None, "needs a GPU, even to build"),
+        ({"tensorrt": "10.14.1"}, [PASCAL], None, "compute capability 6.1 is not supported; "),
         ({"tensorrt-rtx": "1.6.1.120"}, [ADA], "tensorrt", "tensorrt is not installed"),
         ({"tensorrt-rtx": "1.6.1.120"}, [ADA], "tensorrt-llm", "'tensorrt-llm' is no TensorRT package"),
     ],
 )
 def test_refusals_say_why(
-    installed: dict[str, str], releases: dict[str, str], cards: list[Gpu], wish: str | None, says: str
+    installed: dict[str, str], releases: dict[str, str], cards: list[Gpu], explicit: str | None, says: str
 ) -> None:
     installed |= releases
     with pytest.raises(WorkbookError, match=re.escape(says)):
-        tensorrt_package.choose(wish, cards)
+        tensorrt_package.choose(explicit, cards)
 
 
 def test_what_is_installed_here_builds() -> None:
@@ -80,9 +85,9 @@ def test_tf32_is_settled_before_the_first_use_and_for_good(monkeypatch: pytest.M
     assert os.environ[tensorrt_package.TF32_VARIABLE] == "0"
     tensorrt_package._loaded.add("tensorrt-rtx")
     tensorrt_package.settle_tf32(False)
-    with pytest.raises(WorkbookError, match=r"are exact, this engine wants them rounded to TF32.*in another process"):
+    with pytest.raises(WorkbookError, match=r"are exact, this engine needs them rounded to TF32.*use another process"):
         tensorrt_package.settle_tf32(True)
     monkeypatch.delenv(tensorrt_package.TF32_VARIABLE)
     tensorrt_package.settle_tf32(True)
-    with pytest.raises(WorkbookError, match=r"are rounded to TF32, this engine wants them exact"):
+    with pytest.raises(WorkbookError, match=r"are rounded to TF32, this engine needs them exact"):
         tensorrt_package.settle_tf32(False)

@@ -1,12 +1,11 @@
 """Notebooks 01 and 06 in JupyterLab in a real browser: sliders redraw; the chat streams, stops, and draws Chinese.
 
-Where Chromium or Playwright is missing this is skipped, but not under CI=true: there it fails.
+Skipped where Chromium or Playwright is missing, except under CI=true: there they fail.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +20,14 @@ from support.browser import (
     wait_until,
 )
 from support.checkpoints import ROOT
+from support.working_copy import prepare_working_copy
 
 from glmtrt_helpers.workbook import run_notebooks, setup
 
+pytestmark = pytest.mark.browser
 CHAT, SLIDERS = "06_chat_inference", "01_debug_forward_inputs"
 CHINESE, ENGLISH = "为什么要用 flatten？", "What is a profile?"
-# Long enough that a reader has time to press stop.
+# Its answer is long enough to press stop.
 LONG = "Tell me the whole story from checkpoint to chat."
 PACE = 100  # milliseconds between tokens
 
@@ -50,7 +51,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         pytest.fail(absent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
-        make_what_they_need(tmp_path_factory.mktemp("executed"))
+        prepare_working_copy(CHAT)
         notebooks = [path for path in run_notebooks.notebooks() if path.stem in (CHAT, SLIDERS)]
         with jupyterlab(notebooks, tmp_path_factory.mktemp("lab")) as lab, chromium() as browser:
 
@@ -63,15 +64,6 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
             yield run
 
 
-def make_what_they_need(output: Path) -> None:
-    """On a fresh checkout the notebooks before the chat have to run first: they patch, export and build."""
-    copy = ROOT / "models" / "run" / Path(setup.DEFAULT_MODEL).name
-    if not all(any(copy.glob(pattern)) for pattern in ("*.onnx", "*.plan")):
-        for path in run_notebooks.notebooks():
-            if path.stem < CHAT:
-                run_notebooks.execute(path, output / path.name)
-
-
 @pytest.fixture(scope="module")
 def chat_page(opened: Callable[[str], Any]) -> Any:
     return opened(CHAT)
@@ -79,7 +71,7 @@ def chat_page(opened: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def panel(chat_page: Any) -> ChatPanel:
-    """The chat panel with an empty conversation, choosing the likeliest token, as fast as it can."""
+    """The chat panel with an empty conversation, greedy, without delay."""
     panel = ChatPanel(chat_page)
     panel.new_conversation()
     panel.set_greedy(True)
@@ -123,14 +115,14 @@ def test_stop_ends_an_answer_and_the_next_one_is_whole(panel: ChatPanel) -> None
 def test_no_broken_character_in_the_panel(panel: ChatPanel) -> None:
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
-    text = panel.root.inner_text()  # elsewhere the notebook shows one on purpose
+    text = panel.root.inner_text()  # elsewhere the notebook shows one deliberately
     assert CHINESE in text and ANSWERS[CHINESE] in text
-    found = text.find("\ufffd")
-    assert found < 0, text[max(found - 100, 0) : found + 100]
+    broken = text.find("\ufffd")
+    assert broken < 0, text[max(broken - 100, 0) : broken + 100]
 
 
 def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
-    """A font without a character draws the same box for each; so does every font for a code point of nobody's."""
+    """A font draws the same box for every character that it lacks, and for a code point that no font has."""
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
     drawn = panel.page.evaluate(
@@ -146,7 +138,7 @@ def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
         }""",
         ["你", "好", "\uf8ff", " "],
     )
-    different = len(set(drawn))  # counted first, or a failure would print all the pixels
+    different = len(set(drawn))  # counted first, because a failure would print all pixels
     assert different == 4, "Chinese characters are drawn as boxes: install fonts-noto-cjk"
 
 

@@ -1,7 +1,7 @@
 """Faults from outside: killed in the middle of a write, a full disk, damaged shards, two runs at once, merged weights.
 
-Everywhere the same is wanted: what was there stays or is replaced whole, the reason is one sentence, and a rerun works.
-A killed or failing export and build are also in test_export.py and test_engines.py.
+In every case what was there stays or is replaced whole, the reason is one sentence, and a rerun works. A killed or
+failing export and build are also in tests/export/test_exporting.py and tests/engines/test_builder.py.
 """
 
 import shutil
@@ -18,8 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.checkpoints import make_random
-from test_checkpoints import SHARD, refusal, to_bin
+from support.checkpoints import SHARD, make_random, refusal, to_bin
 
 from glmtrt_helpers.checkpoints import loading, shards
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint
@@ -41,7 +40,6 @@ PROMPT = "the 你好"
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from glmtrt_helpers import checkpoints, patches, shards
 directory, left, rename = Path(sys.argv[1]), int(sys.argv[2]), os.replace
 def die(old, new):
     global left
@@ -52,22 +50,28 @@ def die(old, new):
     os.kill(os.getpid(), signal.SIGKILL)
 os.replace = die
 """
+RECORD_TWICE = """
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.inputs import recording
+opened = open_checkpoint(directory)
+recording.save_record(opened, recording.load_record(opened) * 2)
+"""
 # Waits before each rename until another process is about to make the same one.
 MEET = """
 import os, sys, time
 from pathlib import Path
-from glmtrt_helpers import cli
+from glmtrt_helpers.cli.commands import main
 meeting, rename = Path(sys.argv.pop(1)), os.replace
 def meet(old, new):
     (meeting / f"{Path(new).name}.{os.getpid()}").touch()
     deadline = time.monotonic() + 30
     while len(list(meeting.glob(f"{Path(new).name}.*"))) < 2:
         if time.monotonic() > deadline:
-            sys.exit("nobody came")
+            sys.exit("the other process did not come")
         time.sleep(0.01)
     rename(old, new)
 os.replace = meet
-cli.main()
+main()
 """
 
 
@@ -106,32 +110,32 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("write", [1, 2, 3])
 def test_killed_while_streaming_the_whole_shards_are_kept(tiny_random: Path, write: int) -> None:
-    wanted = weights(tiny_random)
+    expected = weights(tiny_random)
     to_bin(tiny_random)
     before = contents(tiny_random)
-    kill("shards.to_safetensors(directory)", tiny_random, write)
+    kill("from glmtrt_helpers.checkpoints import shards; shards.to_safetensors(directory)", tiny_random, write)
     between = contents(tiny_random)
     done = {name: (tiny_random / name).stat() for name in [SHARD, SECOND][: write - 1]}
     assert between.keys() - before.keys() == done.keys()
-    assert not open_checkpoint(tiny_random).is_safetensors and equal(weights(tiny_random), wanted)
+    assert not open_checkpoint(tiny_random).is_safetensors and equal(weights(tiny_random), expected)
     shards.to_safetensors(tiny_random)
     for name, stat in done.items():
         now = (tiny_random / name).stat()
         assert (now.st_ino, now.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), "a whole shard was written again"
     assert_whole(between, before, contents(tiny_random))
-    assert open_checkpoint(tiny_random).is_safetensors and equal(weights(tiny_random), wanted)
+    assert open_checkpoint(tiny_random).is_safetensors and equal(weights(tiny_random), expected)
     assert not temporaries(tiny_random)
 
 
 @pytest.mark.parametrize("write", [1, 2])
 def test_killed_while_patching_the_source_stands(tiny_random: Path, write: int) -> None:
     before = contents(tiny_random)
-    kill("patches.patch_checkpoint(directory)", tiny_random, write)
+    kill("from glmtrt_helpers.patches import patching; patching.patch_checkpoint(directory)", tiny_random, write)
     between = contents(tiny_random)
     backup = {BACKUP_NAME: before[CODE_NAME]} if write == 2 else {}
     assert between == before | backup
     patching.patch_checkpoint(tiny_random)
-    assert {trap.state for trap in patching.check_checkpoint(tiny_random).values()} == {"patched"}
+    assert {blocker.state for blocker in patching.check_checkpoint(tiny_random).values()} == {"patched"}
     assert not temporaries(tiny_random)
     patching.restore_checkpoint(tiny_random)
     assert contents(tiny_random) == before
@@ -144,7 +148,8 @@ def test_killed_while_copying_no_file_is_half(tiny_random: Path, write: int, ref
         make_working_copy(tiny_random)
         merge_lora(tiny_random)
     source, before = contents(tiny_random), contents(copy)
-    kill("checkpoints.working_copy(directory)", tiny_random, write)
+    statement = "from glmtrt_helpers.checkpoints.working_copy import make_working_copy; make_working_copy(directory)"
+    kill(statement, tiny_random, write)
     between = contents(copy)
     assert contents(tiny_random) == source and not temporaries(tiny_random)
     assert refresh or len(between) == write - 1
@@ -158,8 +163,7 @@ def test_killed_while_recording_the_old_record_stands(tiny_random: Path) -> None
     call = recording.Call("prefill", {"input_ids": [1, 4]}, {"input_ids": "int64"})
     recording.save_record(opened, [call])
     before = contents(tiny_random)
-    again = "from glmtrt_helpers import inputs\nopened = checkpoints.open_checkpoint(directory)\n"
-    kill(again + "inputs.save_record(opened, inputs.load_record(opened) * 2)", tiny_random, 1)
+    kill(RECORD_TWICE, tiny_random, 1)
     assert contents(tiny_random) == before and recording.load_record(opened) == [call]
     recording.save_record(opened, [call, call, call])
     assert recording.load_record(opened) == [call] * 3 and not temporaries(tiny_random)
@@ -188,7 +192,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, room: int) -> None:
-    """Leave so many pages of 4096 bytes free."""
+    """Fill a disk except for `room` pages of 4096 bytes."""
     ballast = disk / "ballast"
     ballast.unlink(missing_ok=True)
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free - room * 4096))
@@ -199,7 +203,7 @@ Glmtrt = Callable[..., tuple[int, list[str]]]
 
 @pytest.fixture
 def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Glmtrt:
-    """The command line in this process: exit code, and what it said on standard error beside its progress."""
+    """The command line in this process: exit code, and standard error without progress."""
 
     def run(*arguments: object) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["glmtrt", *map(str, arguments)])
@@ -212,9 +216,9 @@ def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def assert_refused(said: tuple[int, list[str]], file: Path) -> None:
+def assert_refused(result: tuple[int, list[str]], file: Path) -> None:
     """Exit code 1 and one sentence: what could not be written, why, and what to do."""
-    code, lines = said
+    code, lines = result
     assert code == 1 and len(lines) == 1, lines
     assert lines[0].startswith("glmtrt: ") and f"{file} could not be written (No space left on device)" in lines[0]
     assert "free room in " in lines[0]
@@ -244,6 +248,7 @@ def test_a_full_disk_is_one_sentence(
     assert contents(disk)[fails] not in (before.get(fails), b"") and not temporaries(disk)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_streaming_and_then_while_exporting(
     disk: Path, one_layer: Path, glmtrt: Glmtrt
 ) -> None:
@@ -297,7 +302,7 @@ def test_a_flipped_byte_in_a_shards_header_is_refused(tiny_random: Path) -> None
     + [(SECOND, "longer")],
 )
 def test_a_cut_or_missing_shard_is_refused_until_it_is_back(tiny_random: Path, name: str, cut: str) -> None:
-    wanted = weights(tiny_random)
+    expected = weights(tiny_random)
     if name == BIN:
         to_bin(tiny_random)
     shard = tiny_random / name
@@ -311,20 +316,21 @@ def test_a_cut_or_missing_shard_is_refused_until_it_is_back(tiny_random: Path, n
             shards.to_safetensors(tiny_random)
         assert not list(tiny_random.glob("*.safetensors*"))
     shard.write_bytes(raw)
-    assert equal(weights(tiny_random), wanted)
+    assert equal(weights(tiny_random), expected)
 
 
+@pytest.mark.slow
 def test_two_runs_that_stream_and_export_at_once(one_layer: Path, tmp_path: Path) -> None:
-    """They meet with every file written and not yet renamed; both end well."""
-    wanted = weights(one_layer)
+    """They meet when every file is written and not yet renamed; both succeed."""
+    expected = weights(one_layer)
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     command = [sys.executable, "-c", MEET, str(meeting), "export", str(one_layer)]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=180)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    errors = [process.communicate(timeout=180)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
     assert len(list(meeting.iterdir())) == 2 * 4, "two shards, an index and a graph, each by both"
-    assert not temporaries(one_layer) and equal(weights(one_layer), wanted)
+    assert not temporaries(one_layer) and equal(weights(one_layer), expected)
     onnx.checker.check_model(onnx.load(one_layer / "model.fp16.onnx"))
     model = loading.load_model(open_checkpoint(one_layer), torch.float16)
     reference = TorchSession(model).step(call(one_layer))
@@ -342,7 +348,7 @@ def answer(directory: Path) -> np.ndarray:
 
 
 def merge_lora(directory: Path, rank: int = 4) -> None:
-    """Add a product of two thin matrices to every query_key_value, as merging an adapter does, and write fp16."""
+    """Add a low-rank matrix to every query_key_value, as merging a LoRA adapter does, and write fp16."""
     generator = torch.Generator().manual_seed(1)
     for shard in directory.glob("*.safetensors"):
         state = load_file(shard)
@@ -353,7 +359,8 @@ def merge_lora(directory: Path, rank: int = 4) -> None:
         save_file(state, shard, metadata={"format": "pt"})
 
 
-def test_a_merged_lora_is_a_checkpoint_as_any(tiny_random: Path, tmp_path: Path, glmtrt: Glmtrt) -> None:
+@pytest.mark.slow
+def test_a_merged_lora_is_a_checkpoint_like_any_other(tiny_random: Path, tmp_path: Path, glmtrt: Glmtrt) -> None:
     base = Path(shutil.copytree(tiny_random, tmp_path / "chatglm_base"))
     merge_lora(tiny_random)
     changed = [name for name, tensor in weights(base).items() if not torch.equal(tensor, weights(tiny_random)[name])]
@@ -364,17 +371,17 @@ def test_a_merged_lora_is_a_checkpoint_as_any(tiny_random: Path, tmp_path: Path,
     assert np.abs(answer(tiny_random) - answer(base)).max() > 0.1
 
 
-def test_weights_that_were_merged_after_streaming_reach_the_copy(tiny_random: Path, tmp_path: Path) -> None:
-    """What was streamed from the older `.bin` shards in the working copy is not taken for the newer ones."""
+def test_weights_merged_after_a_conversion_reach_the_copy(tiny_random: Path, tmp_path: Path) -> None:
+    """The working copy's conversion of the older `.bin` shards is not taken for one of the newer shards."""
     merged = Path(shutil.copytree(tiny_random, tmp_path / "merged"))
     merge_lora(merged)
-    wanted = weights(merged)
+    expected = weights(merged)
     to_bin(tiny_random)
     to_bin(merged)
     copy = make_working_copy(tiny_random)
     shards.to_safetensors(copy)
     shutil.copytree(merged, tiny_random, dirs_exist_ok=True)
     make_working_copy(tiny_random)
-    assert equal(weights(copy), wanted)
+    assert equal(weights(copy), expected)
     shards.to_safetensors(copy)
-    assert open_checkpoint(copy).is_safetensors and equal(weights(copy), wanted)
+    assert open_checkpoint(copy).is_safetensors and equal(weights(copy), expected)

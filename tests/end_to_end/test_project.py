@@ -1,4 +1,4 @@
-"""The project itself: versions agree, modules stay small, every helper has its test, the two READMEs tell the same."""
+"""The project itself: versions agree, tests mirror the modules, documents name what exists, the READMEs agree."""
 
 import re
 import subprocess
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from support.checkpoints import ROOT, TINY
+
+from glmtrt_helpers.workbook import run_notebooks
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAGES = [page for folder in (ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "models") for page in folder.glob("*.md")]
@@ -45,33 +47,34 @@ def test_environment_yml_agrees() -> None:
     assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
 
 
-def test_no_module_is_long() -> None:
-    modules = [path for path in (ROOT / "glmtrt_helpers").rglob("*.py") if "template" not in path.parts]
-    long = {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) > 310}
-    assert not long
+def test_tests_mirror_the_modules() -> None:
+    """tests/STEP/test_MODULE.py, or test_MODULE_TOPIC.py, is about glmtrt_helpers/STEP/MODULE.py."""
+    for folder in (ROOT / "glmtrt_helpers").glob("*/"):
+        modules = [path.stem for path in folder.glob("*.py")]
+        tests = [path.stem.removeprefix("test_") for path in (ROOT / "tests" / folder.name).glob("test_*.py")]
+        assert tests or not modules, f"{folder.name} has no tests"
+        stray = [test for test in tests if not any(f"{test}_".startswith(f"{module}_") for module in modules)]
+        assert not stray, f"tests/{folder.name} has tests of modules that do not exist"
 
 
-def test_every_module_has_its_test_file() -> None:
-    support = {
-        "__init__",
-        "errors",
-        "compat",
-        "progress",
-        "cli_bench",
-        "configs",
-        "classical",
-        "shards",
-        "files",
-        "rewriting",
-        "pictures",
-        "doctor",
-        "callbacks",
-        "cuda",
-    }  # tried by their users
-    for path in (ROOT / "glmtrt_helpers").glob("*.py"):
-        if path.stem not in support:
-            name = {"workbook": "notebooks"}.get(path.stem, path.stem)
-            assert (ROOT / "tests" / f"test_{name}.py").exists(), path.stem
+@pytest.mark.parametrize("step", ["core", "export", "workbook"])
+def test_make_test_runs_one_step(step: str) -> None:
+    done = subprocess.run(["make", "-n", "test", f"STEP={step}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (command,) = [line for line in done.stdout.splitlines() if "pytest" in line]
+    assert f"pytest tests/{step}" in command and "ruff" not in done.stdout
+    assert ('-k "not test_notebooks or 03_"' in command) == (step == "export")
+
+
+def test_make_refuses_an_unknown_step() -> None:
+    command = ["make", "-n", "test", "STEP=exports"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and 'There is no step "exports": choose one of core ' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_every_notebook_belongs_to_a_step() -> None:
+    numbers = re.search(r"^NOTEBOOKS := (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1)  # type: ignore[union-attr]
+    assert [word.split("-")[1] for word in numbers.split()] == [path.stem[:2] for path in run_notebooks.notebooks()]
 
 
 def test_shipped_checkpoint_is_small_and_carries_the_template() -> None:

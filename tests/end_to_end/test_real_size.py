@@ -1,9 +1,9 @@
-"""The full depth and width on a GPU: GLMTRT_LARGE names a working copy of 6.7 billion numbers with its fp16 engine.
+"""The real size on a GPU: GLMTRT_LARGE names a working copy of 6.7 billion parameters with its fp16 engine.
 
 glmtrt standin models/chatglm_6b_random --size 6b && glmtrt copy models/chatglm_6b_random
 glmtrt bench memory models/run/chatglm_6b_random --phase patch --phase export --phase build
 glmtrt export models/run/chatglm_6b_random --fast && glmtrt build models/run/chatglm_6b_random --fast
-GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/test_real_size.py
+GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/end_to_end/test_real_size.py
 """
 
 import json
@@ -36,8 +36,12 @@ from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.decode_loop import greedy
 
 LARGE = os.environ.get("GLMTRT_LARGE", "")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not LARGE, reason="GLMTRT_LARGE names no working copy")]
-# What the two profiles of a chat take.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not LARGE, reason="GLMTRT_LARGE names no working copy"),
+]
+# The cases that the two profiles of a chat accept.
 CASES = [case for case in CASES if case.batch == 1 and (case.past == 0 or case.sequence == 1)]
 
 
@@ -67,8 +71,8 @@ def keep(name: str, session: Session, **content: object) -> None:
         Path(os.environ["GLMTRT_KEEP"], f"{name}.{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def test_memory_that_is_taken(checkpoint: Checkpoint, session: Session) -> None:
-    """As predicted, within 5%; of the fast engine no more than 14.5 GB at 2048 tokens."""
+def test_gpu_memory(checkpoint: Checkpoint, session: Session) -> None:
+    """Within 5% of the prediction; the fast engine takes less than 14.5 GB at 2048 tokens."""
     measured: EngineMemory = session.measured  # type: ignore[attr-defined]
     if isinstance(session, FastTensorRTSession):
         keep("engine_memory_6b", session, measured=asdict(measured))
@@ -99,8 +103,8 @@ def test_decode_and_prefill_run(checkpoint: Checkpoint, session: Session) -> Non
 
 
 @pytest.fixture(scope="module")
-def right(checkpoint: Checkpoint) -> Iterator[None]:
-    """PyTorch's numbers, once for both engines; on the GPU, too, for its fp32 takes minutes on a CPU."""
+def on_gpu(checkpoint: Checkpoint) -> Iterator[None]:
+    """PyTorch's results, once for both engines; computed on the GPU, because fp32 takes minutes on a CPU."""
 
     def load(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
         return loading.load_model(checkpoint, dtype, **options).to("cuda")
@@ -113,7 +117,7 @@ def right(checkpoint: Checkpoint) -> Iterator[None]:
         yield
 
 
-def test_error_at_full_depth_against_fp32(checkpoint: Checkpoint, session: Session, right: None) -> None:
+def test_error_at_full_depth_against_fp32(checkpoint: Checkpoint, session: Session, on_gpu: None) -> None:
     """At most 1.5 times PyTorch fp16's own error, at logits and every present."""
     result = verification.verify(checkpoint, "fp16", CASES, session=session)
     rows = [{"case": row.case.name, "tensor": row.tensor, "error": row.error, "allowed": row.tolerance,

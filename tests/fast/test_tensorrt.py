@@ -1,10 +1,10 @@
-"""The session of the fast engine on a GPU that is none (`fake_gpu`); on a real one test_tensorrt_session tries it."""
+"""The session of the fast engine on a fake GPU; on a real one it is tried in tests/engines/test_session_on_gpu.py."""
 
 from collections.abc import Iterator
 
-import fake_gpu
 import numpy as np
 import pytest
+from support import fake_gpu
 from support.checkpoints import make_random
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint

@@ -22,8 +22,8 @@ def test_layers_of_a_correct_graph_are_all_within(checkpoint: Checkpoint) -> Non
             "layer 1 attention residual", "layer 1 post_attention_layernorm", "layer 1 mlp", "layer 1 output",
             "final_layernorm", "logits",
         ]  # fmt: skip
-        # A gather of fp16 weights is exact; everything after it is computed.
-        assert errors[0].error == 0 and all(error.error > 0 for error in errors[1:])
+        # A gather of fp16 weights is exact; what follows is computed, and rounded in fp16. In fp32 both may agree.
+        assert errors[0].error == 0 and all(error.error > 0 or dtype == "fp32" for error in errors[1:])
         assert len({error.point.tensor for error in errors}) == len(errors) == 19
     assert {path.name for path in checkpoint.directory.iterdir()} == before
 

@@ -45,9 +45,10 @@ def test_a_correct_graph_passes_every_case(checkpoint: Checkpoint, dtype: str) -
     assert result.ok and [row.case for row in result.rows] == list(CASES)
     assert not result.skipped and not result.problems
     for row in result.rows:
-        # Zero would mean that something was compared with itself.
-        assert 0 < row.error <= row.tolerance and (row.own_error is None) == (dtype == "fp32")
-        # Not within by luck, and tight enough to mean something (logits and caches reach 1 to 2).
+        # In fp16 zero would mean that something was compared with itself; in fp32 both libraries may agree.
+        assert row.error > 0 or dtype == "fp32"
+        assert row.error <= row.tolerance and (row.own_error is None) == (dtype == "fp32")
+        # Far enough within to be no matter of luck, tight enough to mean something (logits and caches reach 1 to 2).
         assert row.error < 0.7 * row.tolerance and row.tolerance < {"fp16": 6e-3, "fp32": 3e-4}[dtype]
 
 

@@ -1,4 +1,4 @@
-"""Finding and mending by structure: a fork in its own words and layout, upstream's branches, and what is refused."""
+"""Blockers are found and patched by structure: in a fork with other names and layout; ambiguous code is refused."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.patches import patching
 
-# The four structures in another hand: two blanks, other names, other line breaks, statements on one line.
+# The four structures as a fork may write them: other names, indentation and line breaks, statements on one line.
 FORK = '''\
 import torch
 import torch.nn.functional as nnf
@@ -72,10 +72,10 @@ class Stack(torch.nn.Module):
     return h
 '''
 
-FORK_MENDED_FORWARD = '''\
+FORK_PATCHED_FORWARD = '''\
   def forward(self, x, axis=1, rows=None):
     """Tables of the two halves."""
-    rows = 512  # the checkpoint's max_sequence_length, whatever is asked for
+    rows = 512  # the checkpoint's max_sequence_length, regardless of the argument
     # grow
     # longer than ever
     # count
@@ -95,13 +95,13 @@ FORK_MENDED_FORWARD = '''\
 ALL = [patch.name for patch in patching.PATCHES]
 
 
-# What each patch makes of the fork: (before, after), everything else stays.
+# What each patch changes in the fork: (before, after).
 CHANGES = {
     "rotary_flatten": [("c.squeeze( dim = 1 )", "c.flatten( 1, 2)"), ("s . squeeze(1)", "s . flatten(1, 2)")],
     "integer_layer_id": [("h, torch.tensor(number)", "h, number"), ("= torch.tensor( number )", "= number")],
     "unconditional_mask_fill": [("if not ((hidden == 0)\n          .all()): scores =", "scores =")],
     "fixed_rotary_table": [
-        (FORK[FORK.index("  def forward(self, x") : FORK.index("\n  def _apply")], FORK_MENDED_FORWARD)
+        (FORK[FORK.index("  def forward(self, x") : FORK.index("\n  def _apply")], FORK_PATCHED_FORWARD)
     ],
 }
 
@@ -120,12 +120,12 @@ def run(source: str, name: str) -> Any:
 
 
 def states(source: str) -> dict[str, str]:
-    return {name: trap.state for name, trap in patching.find_blockers(source).items()}
+    return {name: blocker.state for name, blocker in patching.find_blockers(source).items()}
 
 
-def test_finds_the_traps_of_a_fork_where_they_stand() -> None:
+def test_finds_the_blockers_of_a_fork_and_their_lines() -> None:
     lines = FORK.splitlines()
-    found = patching.find_blockers(FORK)
+    blockers = patching.find_blockers(FORK)
     assert states(FORK) == dict.fromkeys(ALL, "unpatched")
     for name, words in {
         "rotary_flatten": ["c = nnf.embedding", "weight=s . squeeze"],
@@ -133,8 +133,8 @@ def test_finds_the_traps_of_a_fork_where_they_stand() -> None:
         "unconditional_mask_fill": ["if not ((hidden == 0)"],
         "fixed_rotary_table": ["if (self.longest is None", "steps = torch.arange(rows"],
     }.items():
-        assert len(found[name].sites) == len(words)
-        for site, word in zip(found[name].sites, words, strict=True):
+        assert len(blockers[name].sites) == len(words)
+        for site, word in zip(blockers[name].sites, words, strict=True):
             assert word in site.text and lines[site.line - 1].strip() == site.text
 
 
@@ -159,31 +159,31 @@ def test_a_half_patched_source_gets_the_rest(name: str) -> None:
     assert patching.patch_source(half, 512) == patching.patch_source(FORK, 512)
 
 
-def test_one_patched_table_of_two_is_still_a_trap() -> None:
+def test_one_patched_table_of_two_is_still_a_blocker() -> None:
     half = edited(FORK, CHANGES["rotary_flatten"][0])
-    trap = patching.find_blockers(half)["rotary_flatten"]
-    assert trap.state == "unpatched" and len(trap.sites) == 1
+    blocker = patching.find_blockers(half)["rotary_flatten"]
+    assert blocker.state == "unpatched" and len(blocker.sites) == 1
     assert patching.patch_source(half, 512) == patching.patch_source(FORK, 512)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("learnable", [False, True])
-def test_fixed_table_is_bit_for_bit_the_one_upstream_would_keep(dtype: torch.dtype, learnable: bool) -> None:
-    """At 2048 rows in half precision, too, where neighbouring integers are no longer all apart in bfloat16."""
+def test_the_fixed_table_is_bit_for_bit_the_one_upstream_caches(dtype: torch.dtype, learnable: bool) -> None:
+    """At 2048 rows in half precision too, where bfloat16 can no longer tell neighbouring integers apart."""
     before, after = (
         run(source, "Rope")(64, precision=dtype, learnable=learnable).to(dtype)
         for source in (FORK, patching.patch_source(FORK, 2048, only=["fixed_rotary_table"]))
     )
     x = torch.zeros(1, 3)
-    for wanted, fixed in zip(before(x, rows=2048), after(x, rows=torch.tensor(7)), strict=True):
-        assert fixed.dtype == wanted.dtype and fixed.shape == (2048, 1, 64) and torch.equal(fixed, wanted)
+    for expected, fixed in zip(before(x, rows=2048), after(x, rows=torch.tensor(7)), strict=True):
+        assert fixed.dtype == expected.dtype and fixed.shape == (2048, 1, 64) and torch.equal(fixed, expected)
     assert (after.longest, after.cos_kept, after.sin_kept) == (None, None, None)
     if not learnable:
         assert torch.equal(before(x, rows=9)[0], after(x)[0][:9])
     assert after.to(torch.float32)(x)[0].shape == (2048, 1, 64)  # _apply still finds its attributes
 
 
-def test_mask_fill_in_place_stays_in_place_and_its_neighbours_come_along() -> None:
+def test_a_fill_in_place_stays_in_place_and_the_rest_of_its_branch_is_kept() -> None:
     source = edited(
         FORK,
         (
@@ -203,7 +203,7 @@ def test_mask_fill_in_place_stays_in_place_and_its_neighbours_come_along() -> No
     assert patching.patch_source(source, 512, only=["unconditional_mask_fill"]) == expected
 
 
-def test_a_table_that_is_stored_but_made_on_each_call_has_only_its_length_to_fix() -> None:
+def test_a_table_that_is_built_on_each_call_only_gets_a_fixed_length() -> None:
     """A fork in which only the length is remembered in the branch."""
     start, end = FORK.index("      # count"), FORK.index("      # grown\n")
     inside = FORK[start:end].replace("\n      ", "\n    ").replace("      # count", "    # count")
@@ -212,30 +212,34 @@ def test_a_table_that_is_stored_but_made_on_each_call_has_only_its_length_to_fix
     assert patched == patching.patch_source(FORK, 512, only=["fixed_rotary_table"])
 
 
-# A construct, what a fork made of it, and words of the refusal.
+# A construct, what a fork wrote instead, and words of the refusal.
 REFUSED = {
-    "other axis": ("s . squeeze(1)", "s.squeeze(0)", "squeeze(1) inside F.embedding is written in another way"),
-    "no axis": ("s . squeeze(1)", "s.squeeze()", "written in another way"),
-    "flatten elsewhere": ("s . squeeze(1)", "s.flatten(0, 1)", "written in another way"),
-    "axis unsaid": ("s . squeeze(1)", "torch.squeeze(s)", "written in another way"),
+    "other axis": ("s . squeeze(1)", "s.squeeze(0)", "squeeze(1) inside F.embedding is not written as"),
+    "no axis": ("s . squeeze(1)", "s.squeeze()", "is not written as"),
+    "flatten elsewhere": ("s . squeeze(1)", "s.flatten(0, 1)", "is not written as"),
+    "axis not given": ("s . squeeze(1)", "torch.squeeze(s)", "is not written as"),
     "other number": (
         "layer_id = torch.tensor( number )",
         "layer_id=torch.tensor(self.n)",
-        "something else than the index",
+        "is not made of the index",
     ),
-    "number moved": ("layer_id = torch.tensor( number )", "layer_id=torch.tensor(number).cuda()", "something else"),
+    "number on the GPU": (
+        "layer_id = torch.tensor( number )",
+        "layer_id=torch.tensor(number).cuda()",
+        "is not made of the index",
+    ),
     "else": ("  return nnf.softmax", "  else: scores = scores * 2\n  return nnf.softmax", "has an else"),
-    "other question": (
+    "other condition": (
         "not ((hidden == 0)\n          .all())",
         "not (hidden == 0).all() and self.strict",
         "another condition",
     ),
-    "question kept elsewhere": (
+    "condition in a variable": (
         "if not ((hidden == 0)\n          .all())",
         "some = hidden.any()\n  if some",
         "another condition",
     ),
-    "two questions": (
+    "two conditions": (
         "  if not ((hidden == 0)\n          .all()):",
         "  if hidden.any():\n   if hidden.any():",
         "another condition",
@@ -248,20 +252,24 @@ REFUSED = {
     "uint8 mask": ("masked_fill(hidden, ", "masked_fill(hidden.byte(), ", "uint8"),
     "uint8 by dtype": ("masked_fill(hidden, ", "masked_fill(hidden.to(torch.uint8), ", "uint8"),
     "table read outside": ("return q * c + q * s", "return q * rope.cos_kept", "read outside its class"),
-    "branch with else": ("    return self.cos_kept[", "    else: pass\n    return self.cos_kept[", "a way of its own"),
+    "branch with else": (
+        "    return self.cos_kept[",
+        "    else: pass\n    return self.cos_kept[",
+        "in another way than upstream",
+    ),
     "inverse branch": (
         "    # grow\n",
         "    if self.longest is not None: return self.cos_kept, self.sin_kept\n",
-        "a way of its own",
+        "in another way than upstream",
     ),
-    "other count": ("torch.arange(rows, ", "torch.arange(0, rows, ", "arange(length, ...)"),
+    "count from 0": ("torch.arange(rows, ", "torch.arange(0, rows, ", "arange(length, ...)"),
     "length made elsewhere": ("torch.arange(rows, ", "torch.arange(self.longest, ", "arange(length, ...)"),
-    "length set again": ("      # count\n", "      rows = rows + 1\n", "a form that this workbook cannot mend"),
+    "length set again": ("      # count\n", "      rows = rows + 1\n", "a form here that this workbook cannot patch"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses_what_could_be_meant_in_two_ways(case: str) -> None:
+def test_ambiguous_code_is_refused_with_its_line(case: str) -> None:
     before, after, words = REFUSED[case]
     source = edited(FORK, (before, after))
     with pytest.raises(WorkbookError, match=re.escape(words)) as refusal:
@@ -272,7 +280,7 @@ def test_refuses_what_could_be_meant_in_two_ways(case: str) -> None:
 
 def test_refuses_two_rotary_classes_and_names_both() -> None:
     twice = FORK + "\n" + FORK[FORK.index("class Rope") : FORK.index("def turn")]
-    with pytest.raises(WorkbookError, match=r"line 61: .* is there twice, the first time in line 5"):
+    with pytest.raises(WorkbookError, match=r"line 61: .* occurs twice, first in line 5"):
         patching.patch_source(twice, 512)
 
 
@@ -297,7 +305,7 @@ def test_refuses_other_families_by_name(marker: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_construct_that_is_not_there_is_refused_by_name_unless_harmless(name: str) -> None:
+def test_an_absent_construct_is_refused_by_name_unless_harmless(name: str) -> None:
     without = {
         "rotary_flatten": FORK.replace("embedding", "lookup"),
         "integer_layer_id": FORK.replace("torch.tensor(number)", "0").replace(
@@ -310,7 +318,7 @@ def test_a_construct_that_is_not_there_is_refused_by_name_unless_harmless(name: 
     if name in patching.HARMLESS_IF_ABSENT:
         assert name == "integer_layer_id" and "arange(rows, device" in patching.patch_source(without, 512)
     else:
-        with pytest.raises(WorkbookError, match=rf"neither there nor mended \({name}\)"):
+        with pytest.raises(WorkbookError, match=rf"neither present nor patched \({name}\)"):
             patching.patch_source(without, 512)
 
 
@@ -321,21 +329,21 @@ LOOP = FORK[FORK.index("    for number, block") : FORK.index("    return h\n")]
     "call",
     ["self.blocks[number](h, layer_id={})", "checkpoint(self.blocks[number], h, {}, None)", "go(h, layer_id={})"],
 )
-def test_a_layer_number_that_a_range_counts_is_a_trap_too(call: str) -> None:
+def test_a_layer_id_from_a_range_is_a_blocker_too(call: str) -> None:
     line = "    for number in range(len(self.blocks)):\n      h = " + call + "\n"
     source = edited(FORK, (LOOP, line.format("torch.tensor(number)")))
     assert states(source)["integer_layer_id"] == "unpatched"
-    mended = patching.patch_source(source, 512, only=["integer_layer_id"])
-    assert mended == edited(FORK, (LOOP, line.format("number")))
-    assert states(mended)["integer_layer_id"] == "patched"
+    patched = patching.patch_source(source, 512, only=["integer_layer_id"])
+    assert patched == edited(FORK, (LOOP, line.format("number")))
+    assert states(patched)["integer_layer_id"] == "patched"
 
 
-def test_a_range_that_counts_no_layers_and_a_tensor_of_nothing_stay() -> None:
+def test_a_range_over_something_else_and_a_tensor_without_a_value_stay() -> None:
     alike = "def count(x):\n    for n in range(3):\n        keep(x, torch.tensor(n), torch.tensor())\n"
     assert patching.patch_source(FORK + alike, 512) == patching.patch_source(FORK, 512) + alike
 
 
-def test_leaves_alone_what_only_looks_alike() -> None:
+def test_code_that_only_looks_alike_stays() -> None:
     """A squeeze outside an embedding, a tensor of another loop, a fill outside attention, a branch on a flag."""
     alike = (
         "def loss(x, mask, i):\n    for i, row in enumerate(x):\n        keep(torch.tensor(i), x.squeeze(1))\n"

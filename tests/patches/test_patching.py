@@ -1,4 +1,4 @@
-"""The four patches on the stand-in's source: files, numbers, and the failure that each of them ends."""
+"""The four patches on the stand-in's source: the files, the numbers, and the failure that each patch prevents."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.examples import example_inputs
-from glmtrt_helpers.inputs.names import flat_outputs, forward_kwargs, input_names, output_names
+from glmtrt_helpers.inputs.names import STEP_INPUTS, axis_names, flat_outputs, forward_kwargs, input_names, output_names
 from glmtrt_helpers.patches import patching
 
 ALL = [patch.name for patch in patching.PATCHES]
@@ -59,6 +59,10 @@ def without(name: str) -> list[str]:
     return [other for other in ALL if other != name]
 
 
+def states(source: str) -> dict[str, str]:
+    return {name: blocker.state for name, blocker in patching.find_blockers(source).items()}
+
+
 def run(model: torch.nn.Module, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         return flat_outputs(model(**forward_kwargs(flat)))
@@ -67,10 +71,8 @@ def run(model: torch.nn.Module, flat: dict[str, torch.Tensor]) -> dict[str, torc
 # ---------------------------------------------------------------- source and files
 
 
-def test_template_carries_all_traps_and_keeps_everything_else(source: str, small: Checkpoint) -> None:
-    assert {name: trap.state for name, trap in patching.find_blockers(source).items()} == dict.fromkeys(
-        ALL, "unpatched"
-    )
+def test_the_template_has_all_blockers_and_everything_else_stays(source: str, small: Checkpoint) -> None:
+    assert states(source) == dict.fromkeys(ALL, "unpatched")
     patched = patching.patch_source(source, small.max_length)
     assert patching.patch_source(patched, small.max_length) == patched
     changed = [line for line in patching.diff_sources(source, patched).splitlines() if line.startswith(("+", "-"))]
@@ -84,28 +86,26 @@ def test_template_carries_all_traps_and_keeps_everything_else(source: str, small
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_patch_leaves_the_other_traps(name: str, source: str) -> None:
-    states = {k: trap.state for k, trap in patching.find_blockers(patching.patch_source(source, 256, [name])).items()}
-    assert states == {other: "patched" if other == name else "unpatched" for other in ALL}
+def test_one_patch_leaves_the_other_blockers(name: str, source: str) -> None:
+    expected = {other: "patched" if other == name else "unpatched" for other in ALL}
+    assert states(patching.patch_source(source, 256, [name])) == expected
 
 
 def test_patch_check_and_restore_a_checkpoint(tiny_random: Path) -> None:
     code, backup = tiny_random / "modeling_chatglm.py", tiny_random / "modeling_chatglm.py.orig"
     code.write_bytes(b"\xef\xbb\xbf" + code.read_bytes().replace(b"\n", b"\r\n") + b"# no line end")
     pristine = code.read_bytes()
-    assert {trap.state for trap in patching.check_checkpoint(tiny_random).values()} == {"unpatched"}
+    assert {blocker.state for blocker in patching.check_checkpoint(tiny_random).values()} == {"unpatched"}
     assert code.read_bytes() == pristine and not backup.exists()
 
-    report = patching.patch_checkpoint(tiny_random)
+    assert patching.patch_checkpoint(tiny_random) == ALL
     patched = code.read_bytes()
-    assert (list(report.applied), report.max_length, report.path) == (ALL, 1024, code)
     assert backup.read_bytes() == pristine
     assert patched.decode() == patching.patch_source(pristine.decode(), 1024)
-    assert b"seq_len = 1024  #" in patched and "flatten(1, 2)" in report.diff
-    assert {trap.state for trap in patching.check_checkpoint(tiny_random).values()} == {"patched"}
+    assert b"seq_len = 1024  #" in patched
+    assert {blocker.state for blocker in patching.check_checkpoint(tiny_random).values()} == {"patched"}
 
-    again = patching.patch_checkpoint(tiny_random)
-    assert (again.applied, again.diff) == ((), "")
+    assert patching.patch_checkpoint(tiny_random) == []
     assert (code.read_bytes(), backup.read_bytes()) == (patched, pristine)
 
     assert patching.restore_checkpoint(tiny_random) == code
@@ -117,21 +117,21 @@ def test_patch_check_and_restore_a_checkpoint(tiny_random: Path) -> None:
 def test_patching_in_two_steps_keeps_the_first_backup(tiny_random: Path) -> None:
     code = tiny_random / "modeling_chatglm.py"
     pristine = code.read_bytes()
-    assert patching.patch_checkpoint(tiny_random, only=[ALL[2]]).applied == (ALL[2],)
-    assert list(patching.patch_checkpoint(tiny_random).applied) == without(ALL[2])
+    assert patching.patch_checkpoint(tiny_random, only=[ALL[2]]) == [ALL[2]]
+    assert patching.patch_checkpoint(tiny_random) == without(ALL[2])
     assert code.read_bytes().decode() == patching.patch_source(pristine.decode(), 1024)
     patching.restore_checkpoint(tiny_random)
     assert code.read_bytes() == pristine
 
 
-def test_a_source_that_came_patched_gets_no_backup_and_a_half_patched_one_gets_the_rest(tiny_random: Path) -> None:
+def test_a_source_that_came_patched_gets_no_backup_and_a_half_patched_one_the_other_patches(tiny_random: Path) -> None:
     code, backup = tiny_random / "modeling_chatglm.py", tiny_random / "modeling_chatglm.py.orig"
     pristine = code.read_bytes().decode()
     code.write_bytes(patching.patch_source(pristine, 1024).encode())
-    assert patching.patch_checkpoint(tiny_random).applied == () and not backup.exists()
+    assert patching.patch_checkpoint(tiny_random) == [] and not backup.exists()
     half = patching.patch_source(pristine, 1024, ["rotary_flatten"]).encode()
     code.write_bytes(half)
-    assert list(patching.patch_checkpoint(tiny_random).applied) == without("rotary_flatten")
+    assert patching.patch_checkpoint(tiny_random) == without("rotary_flatten")
     assert backup.read_bytes() == half and code.read_bytes().decode() == patching.patch_source(pristine, 1024)
 
 
@@ -168,7 +168,7 @@ def test_an_interrupted_write_leaves_the_original_and_nothing_else(
     after = {file.name: file.read_bytes() for file in tiny_random.iterdir()}
     kept = {code.name + ".orig": before[code.name]} if fails_at == 2 else {}
     assert after == before | kept
-    assert list(patching.patch_checkpoint(tiny_random).applied) == ALL
+    assert patching.patch_checkpoint(tiny_random) == ALL
 
 
 def test_a_linked_source_is_replaced_not_written_through(tiny_random: Path, tmp_path: Path) -> None:
@@ -188,7 +188,8 @@ def test_length_of_the_table_follows_the_configuration(tiny_random: Path) -> Non
     config = json.loads(path.read_text())
     del config["max_sequence_length"]
     path.write_text(json.dumps(config))
-    assert patching.patch_checkpoint(tiny_random).max_length == 2048
+    patching.patch_checkpoint(tiny_random)
+    assert "seq_len = 2048  #" in (tiny_random / "modeling_chatglm.py").read_text()
     path.write_text(json.dumps(config | {"max_sequence_length": 512}))
     with pytest.raises(WorkbookError, match=r"modeling_chatglm\.py: line \d+: .*512, rows; restore and patch again"):
         patching.patch_checkpoint(tiny_random)
@@ -203,7 +204,7 @@ def test_length_of_the_table_follows_the_configuration(tiny_random: Path) -> Non
         (
             "modeling_chatglm.py",
             b"import torch\n",
-            r"modeling_chatglm\.py: .*nor mended \(rotary_flatten",
+            r"modeling_chatglm\.py: .*nor patched \(rotary_flatten",
         ),
         ("config.json", b"{", r"config\.json is missing or not JSON"),
         ("config.json", b'{"max_sequence_length": "2048"}', r"config\.json: max_sequence_length is '2048'"),
@@ -232,20 +233,20 @@ SHAPES = {
 
 @pytest.mark.parametrize("names", [[name] for name in ALL] + [ALL], ids=[*ALL, "all"])
 def test_patched_computes_what_unpatched_computes(small: Checkpoint, load: Load, names: list[str]) -> None:
-    """Bit for bit, also where the mask hides nothing, and where forward is given no past at all."""
+    """Bit for bit, also where the mask hides nothing and where forward gets no past at all."""
     before, after = load([]), load(names)
     for shape in SHAPES.values():
         flat = example_inputs(small, **shape)
-        wanted, got = run(before, flat), run(after, flat)
-        assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+        expected, actual = run(before, flat), run(after, flat)
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
     no_past = {key: tensor for key, tensor in example_inputs(small, 2, 5, 0).items() if "past" not in key}
     assert torch.equal(run(before, no_past)["logits"], run(after, no_past)["logits"])
 
 
 def test_numbers_in_half_precision_at_the_last_position(small: Checkpoint, load: Load) -> None:
     flat = example_inputs(small, 1, 4, small.max_length - 4, torch.float16)
-    wanted, got = (run(load(names, torch.float16), flat) for names in ([], ALL))
-    assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+    expected, actual = (run(load(names, torch.float16), flat) for names in ([], ALL))
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
     beyond = flat | {"position_ids": flat["position_ids"] + small.max_length}
     with pytest.raises(IndexError):
         run(load(ALL, torch.float16), beyond)
@@ -259,8 +260,6 @@ def trace(
 ) -> tuple[onnx.ModelProto, int]:
     """Export with the TorchScript exporter; returns the graph and the number of tracer warnings."""
     names_in, names_out = input_names(checkpoint.num_layers), output_names(checkpoint.num_layers)
-    axes = {"input_ids": [0, 1], "position_ids": [0, 2], "attention_mask": [0, 2, 3], "logits": [0, 1]}
-    axes |= {name: [0, 1] for name in (*names_in[3:], *names_out[1:])}
     buffer = io.BytesIO()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -273,7 +272,7 @@ def trace(
             opset_version=18,
             input_names=names_in,
             output_names=names_out,
-            dynamic_axes=axes,
+            dynamic_axes={name: axis_names(name) for name in (*names_in, *names_out)},
         )
     graph = onnx.load_from_string(buffer.getvalue())
     return graph, sum(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught)
@@ -299,7 +298,7 @@ def example(small: Checkpoint) -> dict[str, torch.Tensor]:
     return example_inputs(small, 2, 5, 3)
 
 
-def test_flatten_takes_the_place_of_the_tables_squeezes(
+def test_flatten_replaces_the_squeezes_of_the_tables(
     small: Checkpoint, load: Load, example: dict[str, torch.Tensor]
 ) -> None:
     """Two tables, looked up twice in each layer; the exporter keeps one of equal nodes."""
@@ -309,7 +308,7 @@ def test_flatten_takes_the_place_of_the_tables_squeezes(
     assert plain["Flatten"] == 0 and flat["Flatten"] == 4 and plain["Squeeze"] - flat["Squeeze"] == 4
 
 
-def test_a_number_for_the_layer_silences_the_tracer(
+def test_a_python_int_for_the_layer_silences_the_tracer(
     small: Checkpoint, load: Load, example: dict[str, torch.Tensor]
 ) -> None:
     warned = {name: trace(load(names), small, example)[1] for name, names in (("none", []), ("all", ALL))}
@@ -319,18 +318,13 @@ def test_a_number_for_the_layer_silences_the_tracer(
     assert warned["none"] - alone == left_out - warned["all"] == 2 * small.num_layers
 
 
+@pytest.mark.slow
 def test_dynamo_refuses_the_branch_on_the_mask(small: Checkpoint, load: Load, example: dict[str, torch.Tensor]) -> None:
     def export(names: list[str]) -> torch.onnx.ONNXProgram | None:
-        free = torch.export.Dim.DYNAMIC
-        pair = ({0: free, 1: free}, {0: free, 1: free})
-        shapes = {
-            "input_ids": {0: free, 1: free},
-            "position_ids": {0: free, 2: free},
-            "attention_mask": {0: free, 2: free, 3: free},
-            "past_key_values": (pair,) * small.num_layers,
-            "use_cache": None,
-            "return_dict": None,
-        }
+        dynamic = torch.export.Dim.DYNAMIC
+        past = {0: dynamic, 1: dynamic}
+        shapes = {name: dict.fromkeys(axis_names(name), dynamic) for name in STEP_INPUTS}
+        shapes |= {"past_key_values": ((past, past),) * small.num_layers, "use_cache": None, "return_dict": None}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.onnx.export(
@@ -352,7 +346,7 @@ def test_an_example_that_hides_nothing_loses_the_mask(small: Checkpoint, load: L
     decode = example_inputs(small, 2, 1, 4)
     assert not decode["attention_mask"].any()
     padded = example_inputs(small, 2, 1, 4, padding=(0, 2))
-    wanted = run(load([]), padded)["logits"]
+    expected = run(load([]), padded)["logits"]
     lost, kept = (
         trace(load(names), small, decode)[0]
         for names in (without("unconditional_mask_fill"), ["unconditional_mask_fill"])
@@ -360,11 +354,11 @@ def test_an_example_that_hides_nothing_loses_the_mask(small: Checkpoint, load: L
     names = input_names(small.num_layers)
     assert [value.name for value in lost.graph.input] == [name for name in names if name != "attention_mask"]
     assert [value.name for value in kept.graph.input] == names
-    assert (feed(ort(lost), padded) - wanted).abs().max() > 1e-3
-    torch.testing.assert_close(feed(ort(kept), padded), wanted, atol=1e-5, rtol=0)
+    assert (feed(ort(lost), padded) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(feed(ort(kept), padded), expected, atol=1e-5, rtol=0)
 
 
-def test_a_model_that_has_talked_bakes_its_table(
+def test_a_table_cached_by_an_earlier_call_becomes_a_constant(
     small: Checkpoint, load: Load, example: dict[str, torch.Tensor]
 ) -> None:
     later = example_inputs(small, 1, 40, 3)
@@ -379,11 +373,11 @@ def test_a_model_that_has_talked_bakes_its_table(
     feed(baked, example)
     with pytest.raises(Exception, match=r"Gather.*out of data bounds"):
         feed(baked, later)
-    wanted = run(load([]), later)["logits"]
-    torch.testing.assert_close(feed(export_after_a_chat(["fixed_rotary_table"]), later), wanted, atol=1e-5, rtol=0)
+    expected = run(load([]), later)["logits"]
+    torch.testing.assert_close(feed(export_after_a_chat(["fixed_rotary_table"]), later), expected, atol=1e-5, rtol=0)
 
 
-def test_half_precision_range_is_refused_and_gone(small: Checkpoint, load: Load) -> None:
+def test_a_half_precision_range_is_refused_and_patched_away(small: Checkpoint, load: Load) -> None:
     half = example_inputs(small, 2, 5, 3, torch.float16)
     with_range, fixed = (
         trace(load(names, torch.float16), small, half)[0]
@@ -392,5 +386,5 @@ def test_half_precision_range_is_refused_and_gone(small: Checkpoint, load: Load)
     with pytest.raises(Exception, match=r"float16.*\(Range\).*is invalid"):
         ort(with_range)
     assert counts(with_range)["Range"] and not counts(fixed)["Range"] and not counts(fixed)["ReduceMax"]
-    wanted = run(load([], torch.float16), half)["logits"]
-    torch.testing.assert_close(feed(ort(fixed), half), wanted, atol=2e-3, rtol=0)
+    expected = run(load([], torch.float16), half)["logits"]
+    torch.testing.assert_close(feed(ort(fixed), half), expected, atol=2e-3, rtol=0)

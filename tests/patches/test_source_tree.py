@@ -12,10 +12,10 @@ LAYOUTS = {
     "BOM": lambda code: "\ufeff" + code,
     "BOM and CRLF": lambda code: "\ufeff" + code.replace("\n", "\r\n"),
     "tabs": lambda code: code.replace("    ", "\t"),
-    "one blank": lambda code: code.replace("    ", " "),
-    "no last line end": lambda code: code.rstrip("\n"),
-    "blanks at the end": lambda code: code + "\n\n   \n",
-    "blanks at line ends": lambda code: code.replace(":\n", ":  \t\n"),
+    "one space": lambda code: code.replace("    ", " "),
+    "no line end at the end": lambda code: code.rstrip("\n"),
+    "white space at the end": lambda code: code + "\n\n   \n",
+    "white space at line ends": lambda code: code.replace(":\n", ":  \t\n"),
     "encoding line": lambda code: "# -*- coding: utf-8 -*-\n" + code,
 }
 
@@ -35,7 +35,7 @@ def f(x):
         z = """a
     b"""
         # last
-    # behind
+    # after
     gone = x
 
     return y
@@ -55,7 +55,7 @@ AFTER = BEFORE.replace(
         z = """a
     b"""
         # last
-    # behind
+    # after
     gone = x
 
     return y
@@ -72,7 +72,7 @@ AFTER = BEFORE.replace(
     z = """a
     b"""
     # last
-    # behind
+    # after
 
     return yes
 ''',
@@ -80,7 +80,7 @@ AFTER = BEFORE.replace(
 
 
 def edit(code: str) -> str:
-    """Begin f with `x = 7`, take the branch out, drop `gone = x`, and call what is returned `yes`."""
+    """Begin f with `x = 7`, unwrap the branch, drop `gone = x`, and return `yes`."""
     source, edits = Source(code), Edits()
     function = source.find(cst.FunctionDef)[0]
     edits.rewrites[function] = lambda node: begin_with(node, "x = 7")
@@ -124,10 +124,8 @@ def test_comments_of_a_last_statement_stay_in_its_block() -> None:
 
 
 def test_a_branch_that_lost_its_statements_leaves_its_comments() -> None:
-    source, edits = (
-        Source("def f(x):\n    # one\n    if x:\n        # two\n        y = 1\n    # three\n    return x\n"),
-        Edits(),
-    )
+    code = "def f(x):\n    # one\n    if x:\n        # two\n        y = 1\n    # three\n    return x\n"
+    source, edits = Source(code), Edits()
     edits.unwrapped.add(source.find(cst.If)[0])
     edits.dropped.add(source.find(cst.SimpleStatementLine)[0])
     assert source.rewritten(edits) == "def f(x):\n    # one\n    # two\n    # three\n    return x\n"
@@ -153,8 +151,6 @@ def test_refuses_what_cannot_be_written_back(code: str) -> None:
 
 
 def test_expressions_compare_in_one_layout() -> None:
-    source = Source(
-        "x = not ( (mask==0)\n  . all( ) ) if True else (  # why\n  F . embedding( a,b ))\n".replace("\n  .", " .")
-    )
+    source = Source("x = not ( (mask==0) . all( ) ) if True else (  # why\n  F . embedding( a,b ))\n")
     assert text(source.find(cst.UnaryOperation)[0]) == "not (mask == 0).all()"
     assert [callee(call) for call in source.find(cst.Call)] == ["all", "embedding"]

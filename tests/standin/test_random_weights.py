@@ -1,4 +1,4 @@
-"""Random checkpoints of a larger size: upstream's layout, really random, the same numbers in both formats."""
+"""Random checkpoints: upstream's layout, numerically like a trained model, the same numbers in both formats."""
 
 import json
 from pathlib import Path
@@ -33,10 +33,10 @@ def state(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("small")
-def test_both_formats_hold_the_same_and_the_files_are_upstreams(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_both_formats_hold_the_same_in_upstreams_files(tmp_path: Path) -> None:
+    reported: list[tuple[int, int]] = []
     first = random_weights.write_random(
-        tmp_path / "a", "small", progress=lambda done, total: told.append((done, total))
+        tmp_path / "a", "small", progress=lambda done, total: reported.append((done, total))
     )
     second = random_weights.write_random(tmp_path / "b", "small", weights="bin")
     other = random_weights.write_random(tmp_path / "c", "small", seed=1)
@@ -47,13 +47,13 @@ def test_both_formats_hold_the_same_and_the_files_are_upstreams(tmp_path: Path) 
     assert len(list(first.glob("model-0000?-of-00008.safetensors"))) == 8
     assert len(list(second.glob("pytorch_model-0000?-of-00008.bin"))) == 8
     index = json.loads((second / "pytorch_model.bin.index.json").read_text())
-    assert index["metadata"]["total_size"] == told[-1][0] == told[-1][1]
+    assert index["metadata"]["total_size"] == reported[-1][0] == reported[-1][1]
     assert index["weight_map"].keys() == build.stored_shapes(json.loads((first / "config.json").read_text())).keys()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.usefixtures("small")
-def test_the_numbers_are_random_and_behave(tmp_path: Path) -> None:
+def test_the_weights_are_random_and_the_logits_finite(tmp_path: Path) -> None:
     directory = random_weights.write_random(tmp_path / "a", "small")
     checkpoint = open_checkpoint(directory)
     assert checkpoint.is_random and shares_vocabulary(checkpoint)
@@ -73,7 +73,7 @@ def test_the_numbers_are_random_and_behave(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_its_tokenizer_speaks_chinese(tmp_path: Path) -> None:
+def test_its_tokenizer_encodes_chinese(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(random_weights.write_random(tmp_path / "a", "small"))
     tokenizer = load_tokenizer(checkpoint)
     ids = chat_prompt(tokenizer, "你好")
@@ -93,7 +93,7 @@ def test_the_real_size_is_upstreams() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_sizes_and_formats_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkbookError, match="no size '7b'"):
         random_weights.write_random(tmp_path / "a", "7b")
     with pytest.raises(WorkbookError, match="no format 'gguf'"):

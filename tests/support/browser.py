@@ -1,4 +1,4 @@
-"""The notebooks in a real browser: a JupyterLab of one's own, and what a reader does in it.
+"""The notebooks in a real browser: a private JupyterLab, and what a reader does in it.
 
 The server gets a private copy of the notebooks and private settings: nothing that is committed is saved over, and
 nothing of the reader's own JupyterLab is read or changed. The browser is the system's Chromium; Playwright drives it.
@@ -47,7 +47,7 @@ def find_chromium() -> str | None:
 
 
 def missing() -> str:
-    """What keeps the browser from being used, in words; empty if nothing does."""
+    """Why the browser cannot be used, as a sentence; empty if it can."""
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
@@ -74,8 +74,7 @@ class Lab:
 def jupyterlab(notebooks: Sequence[Path], private: Path) -> Iterator[Lab]:
     """Serve copies of `notebooks`, without their outputs, from the empty folder `private`; ends with all its kernels.
 
-    The outputs go so that a number in front of a cell says that it was run here; with none there is also nothing that
-    `jupyter trust` would have to allow.
+    Without outputs, a number in front of a cell means that it was run here, and `jupyter trust` is not needed.
     """
     folder = private / "notebooks"
     folder.mkdir(parents=True)
@@ -104,7 +103,7 @@ def jupyterlab(notebooks: Sequence[Path], private: Path) -> Iterator[Lab]:
                 *(f"--port={lab.port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1"),
                 *(f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={lab.token}"),
                 "--LabApp.expose_app_in_browser=True",  # as window.jupyterapp
-                # Nobody ends it if the caller is killed: then it goes by itself.
+                # If the caller is killed, it shuts itself down.
                 *("--MappingKernelManager.cull_idle_timeout=900", "--ServerApp.shutdown_no_activity_timeout=900"),
             ],
             stdout=log,
@@ -142,7 +141,7 @@ def _wait_for_answer(lab: Lab, server: subprocess.Popen[bytes], log_path: Path) 
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    # First the server alone: it ends its kernels, which have process groups of their own.
+    # First only the server: it ends its kernels, which have process groups of their own.
     server.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(15)
@@ -159,7 +158,7 @@ def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=find_chromium(),
-            # Neither a sandbox nor a large /dev/shm is to be had in most containers.
+            # Most containers have neither a sandbox nor a large /dev/shm.
             args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--force-color-profile=srgb"],
         )
         try:
@@ -169,14 +168,14 @@ def chromium() -> Iterator[Browser]:
 
 
 def open_notebook(page: Page, lab: Lab, name: str) -> None:
-    """Open NAME.ipynb and wait until its kernel waits for work."""
+    """Open NAME.ipynb and wait until its kernel is idle."""
     page.goto(lab.url(f"lab/tree/{name}.ipynb"), wait_until="domcontentloaded", timeout=READY_SECONDS * 1000)
     page.locator(".jp-NotebookPanel .jp-Notebook .jp-Cell").first.wait_for(timeout=READY_SECONDS * 1000)
     _wait_for_idle(page, READY_SECONDS)
 
 
 def _wait_for_idle(page: Page, seconds: float) -> None:
-    # The notebook's own indicator says idle before there is a kernel, too; the status line does not.
+    # The notebook's own indicator says idle even before there is a kernel; the status line does not.
     page.wait_for_function(
         """() => document.querySelector('#jp-main-statusbar').innerText.includes('| Idle')
           && document.querySelector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator').dataset.status === 'idle'""",
@@ -184,8 +183,8 @@ def _wait_for_idle(page: Page, seconds: float) -> None:
     )
 
 
-# What a run has come to, from the notebook's model: on the page an error looks like any text of standard error.
-# Empty cells are never run.
+# The state of a run, from the notebook's model: on the page an error looks like any text on standard error. Empty cells
+# are never run.
 _PROGRESS = """() => {
   const cells = [...window.jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code');
   const source = cell => cell.sharedModel.getSource().trim();
@@ -211,8 +210,8 @@ def run_all_cells(page: Page, seconds: float = RUN_SECONDS) -> int:
     while True:
         progress = page.evaluate(_PROGRESS)
         if progress["errors"]:
-            told = _COLOUR.sub("", "\n".join(progress["errors"]))
-            raise AssertionError(f"a cell failed in the browser:\n{told}")
+            errors = _COLOUR.sub("", "\n".join(progress["errors"]))
+            raise AssertionError(f"a cell failed in the browser:\n{errors}")
         if progress["cells"] and not progress["waiting"]:
             break
         if time.monotonic() > deadline:
@@ -223,7 +222,7 @@ def run_all_cells(page: Page, seconds: float = RUN_SECONDS) -> int:
 
 
 def wait_until(page: Page, condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether `condition` came true in time; the page goes on living meanwhile."""
+    """Whether `condition` becomes true in time; the page keeps running meanwhile."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -233,7 +232,7 @@ def wait_until(page: Page, condition: Callable[[], bool], seconds: float) -> boo
 
 
 def type_number(page: Page, readout: Locator, number: int) -> None:
-    """Set a slider by typing into the number beside it."""
+    """Set a slider by typing into the number next to it."""
     readout.click()
     readout.press("ControlOrMeta+a")
     page.keyboard.type(str(number))
@@ -243,7 +242,7 @@ def type_number(page: Page, readout: Locator, number: int) -> None:
     )
 
 
-# Every text that the last answer takes. The browser calls the observer after each change, so none is lost to polling.
+# Records every text that the last answer has. The browser calls the observer at each change; polling would miss some.
 _RECORD = """() => {
   window.glmtrtRecorded = [];
   window.glmtrtObserver?.disconnect();
@@ -261,7 +260,7 @@ _RECORD = """() => {
 
 
 class ChatPanel:
-    """The chat widget of notebook 06, reached as a reader would: by typing and clicking."""
+    """The chat widget of notebook 06, used as a reader would: by typing and clicking."""
 
     def __init__(self, page: Page):
         self.page = page
@@ -277,9 +276,9 @@ class ChatPanel:
         type_number(self.page, self.root.locator(".glmtrt-pace .widget-readout"), milliseconds)
 
     def new_conversation(self) -> None:
-        """The trained model knows its questions as first ones only, so most of them need an empty history."""
+        """The stand-in knows most of its questions only without a history."""
         self.root.locator("button.glmtrt-new").click()
-        assert wait_until(self.page, lambda: self.answers().count() == 0, 10), "the old rounds are still in the log"
+        assert wait_until(self.page, lambda: self.answers().count() == 0, 10), "the old rounds are still shown"
 
     def answers(self) -> Locator:
         return self.root.locator(".glmtrt-log .glmtrt-answer")
@@ -294,22 +293,22 @@ class ChatPanel:
         self.root.locator("button.glmtrt-stop").click()
 
     def texts(self) -> list[str]:
-        """The texts that the answer to the last question took, in order, none of them empty."""
+        """The texts that the answer to the last question had, in order, without empty ones."""
         return [text for text in self.page.evaluate("() => window.glmtrtRecorded") if text.strip()]
 
     def text(self) -> str:
-        """The last answer as it stands."""
+        """The last answer as it is now."""
         return (self.texts() or [""])[-1].strip()
 
     def status(self) -> str:
         return self.root.locator(".glmtrt-status").inner_text().strip()
 
     def wait_for_answer(self, answer: str, seconds: float = 120) -> None:
-        """Until the panel shows exactly this answer and says how fast it came."""
+        """Wait until the panel shows exactly this answer and its speed."""
 
         def arrived() -> bool:
             return self.text() == answer and "tokens/s" in self.status()
 
         assert wait_until(self.page, arrived, seconds), (
-            f"the answer is {self.text()!r}, status {self.status()!r}; to come was {answer!r}"
+            f"the answer is {self.text()!r}, status {self.status()!r}; expected was {answer!r}"
         )

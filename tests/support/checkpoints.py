@@ -1,16 +1,20 @@
-"""The shipped checkpoint, and random checkpoints with the stand-in's remote code."""
+"""The shipped checkpoint, random checkpoints with the stand-in's remote code, and ways to change one."""
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.standin import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "models" / "chatglm_tiny"
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def small_tokenizer() -> sentencepiece_model_pb2.ModelProto:
@@ -43,6 +47,22 @@ def make_random(directory: Path, *, seed: int = 0, **sizes: int) -> Path:
     config = build.make_config(len(tokenizer.pieces), **(defaults | sizes))
     build.write_checkpoint(directory, config, build.random_weights(config, seed), tokenizer)
     return directory
+
+
+def refusal(directory: Path) -> str:
+    """The one sentence of the error that open_checkpoint raises."""
+    with pytest.raises(WorkbookError) as caught:
+        open_checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def replace_once(file: Path, before: str, after: str) -> None:
+    """Change one place of a source."""
+    source = file.read_text()
+    assert source.count(before) == 1
+    file.write_text(source.replace(before, after))
 
 
 def to_bin(directory: Path) -> None:

@@ -1,9 +1,9 @@
-"""A GPU that is none: CUDA's calls on the host's memory, and an engine that ONNX Runtime runs from raw addresses.
+"""A fake GPU: CUDA's calls on the host's memory, and engines that ONNX Runtime runs from raw addresses.
 
-It takes the place of `cuda-python` and of TensorRT below `glmtrt_helpers.cuda` and `loaded`, so that what a session
-does with addresses, pitches, profiles and graphs is tried on any machine. It is stricter than a GPU: memory is filled
-with NaN, each copy has to lie inside of one allocation, each shape inside of the chosen profile, and what is captured
-runs when it is launched, not before.
+It replaces `cuda-python` below `engines.cuda`, TensorRT below `engines.runner` and the kernels of `fast.kernels`, so
+that tests on any machine cover what sessions do with addresses, pitches, profiles and graphs. It is stricter than a
+GPU: memory is filled with NaN, each copy must lie inside one allocation and each shape inside the selected profile, and
+what is captured runs when it is launched, not before.
 """
 
 import ctypes
@@ -18,9 +18,8 @@ import pytest
 from cuda.bindings import runtime as real
 
 from glmtrt_helpers.core import tensorrt_package
-from glmtrt_helpers.engines import cuda
-from glmtrt_helpers.engines.plan_info import PlanInfo
-from glmtrt_helpers.engines.runner import Engine
+from glmtrt_helpers.engines import cuda, runner
+from glmtrt_helpers.engines.plan_info import PlanInfo, read_info
 from glmtrt_helpers.fast import kernels
 from glmtrt_helpers.fast.session import attend, turn
 
@@ -30,9 +29,9 @@ MEMORY = 2 * 10**9
 
 
 class FakeCuda:
-    """The part of `cuda.bindings.runtime` that the workbook calls; all else, enumerations above all, is the real one.
+    """The part of `cuda.bindings.runtime` that the workbook calls; all else, such as enumerations, is the real one.
 
-    launches: how often a captured graph ran.
+    blocks: allocations by address. launches: how often a captured graph ran.
     """
 
     def __init__(self) -> None:
@@ -128,7 +127,7 @@ class FakeCuda:
 
 
 class FakeContext:
-    """An execution context over ONNX Runtime; shapes are checked against the profile, as TensorRT does."""
+    """An execution context over ONNX Runtime; like TensorRT, it checks shapes against the profile."""
 
     def __init__(self, gpu: FakeCuda, info: PlanInfo, graph: Path):
         self.gpu, self.info = gpu, info
@@ -136,6 +135,9 @@ class FakeContext:
         options.log_severity_level = 4
         self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self.tensors = {tensor.name: tensor for tensor in info.tensors}
+        self.inputs, self.outputs = (
+            [tensor.name for tensor in info.tensors if tensor.mode == mode] for mode in ("input", "output")
+        )
         self.profile = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -146,7 +148,7 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.tensors[name].profiles[self.profile]
-        self.shapes[name] = shape
+        self.shapes = {each: self.shapes[each] for each in self.inputs if each in self.shapes} | {name: shape}
         return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -158,28 +160,29 @@ class FakeContext:
         return self.addresses[name]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Of an output before anything ran, too: the shape that it has for zeros of the input shapes."""
+        if name not in self.shapes:
+            zeros = {each: np.zeros(self.shapes[each], self.tensors[each].dtype) for each in self.inputs}
+            arrays = self.session.run(self.outputs, zeros)
+            self.shapes |= {each: array.shape for each, array in zip(self.outputs, arrays, strict=True)}
         return self.shapes[name]
 
     def execute_async_v3(self, stream: Any) -> bool:
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        inputs = [tensor for tensor in self.info.tensors if tensor.mode == "input"]
-        outputs = [tensor for tensor in self.info.tensors if tensor.mode == "output"]
-        assert set(shapes) >= {t.name for t in inputs} and set(addresses) == set(self.tensors), "all is bound"
+        assert set(shapes) >= set(self.inputs) and set(addresses) == set(self.tensors), "everything is bound"
 
         def view(name: str, shape: tuple[int, ...]) -> np.ndarray:
             dtype = np.dtype(self.tensors[name].dtype)
             nbytes = int(np.prod(shape)) * dtype.itemsize
-            assert self.gpu._inside(addresses[name], nbytes), f"{name} of {shape} lies outside of its memory"
+            assert self.gpu._inside(addresses[name], nbytes), f"{name} of {shape} is not inside one allocation"
             memory = (ctypes.c_byte * nbytes).from_address(addresses[name])
             return np.frombuffer(memory, dtype).reshape(shape)
 
         def work() -> None:
-            feeds = {tensor.name: view(tensor.name, shapes[tensor.name]).copy() for tensor in inputs}
-            for tensor, array in zip(
-                outputs, self.session.run([tensor.name for tensor in outputs], feeds), strict=True
-            ):
-                view(tensor.name, array.shape)[...] = array
-                self.shapes[tensor.name] = array.shape
+            feeds = {name: view(name, shapes[name]).copy() for name in self.inputs}
+            for name, array in zip(self.outputs, self.session.run(self.outputs, feeds), strict=True):
+                view(name, array.shape)[...] = array
+                self.shapes[name] = array.shape
 
         self.gpu._do(work)
         return True
@@ -191,11 +194,11 @@ class FakeKernels:
     def __init__(self, gpu: FakeCuda, heads: int, head_size: int, dtype: np.dtype):
         kernels.check_head_size(head_size, dtype)
         self.gpu, self.heads, self.size, self.dtype = gpu, heads, head_size, dtype
-        gpu.blocks[id(self)] = np.zeros(0, np.uint8)  # to see that it is unloaded
+        gpu.blocks[id(self)] = np.zeros(0, np.uint8)  # until it is unloaded
 
     def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        assert self.gpu._inside(address, nbytes), f"{shape} at {address} lies outside of its memory"
+        assert self.gpu._inside(address, nbytes), f"{shape} at {address} is not inside one allocation"
         return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
 
     def attend(self, addresses: list[int], batch: int, room: int, tokens: int, stream: Any) -> None:
@@ -232,18 +235,19 @@ class FakeKernels:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """Put the fake in the place of the driver, the GPU and TensorRT's runtime, until the test ends."""
+    """Replace the driver, the GPU and TensorRT's runtime until the test ends."""
     gpu = FakeCuda()
     monkeypatch.setattr(cuda, "cudart", gpu)
     monkeypatch.setattr(tensorrt_package, "gpus", lambda: [tensorrt_package.Gpu("a fake GPU", (8, 9), MEMORY)])
 
-    def load(engine: Engine, package: tensorrt_package.Package, plan: Path) -> tuple[Any, Any]:
-        info, graph = engine.info, plan.with_name(engine.info.onnx)
+    def load_plan(plan: Path, package: tensorrt_package.Package, log: Any) -> tuple[Any, Any]:
+        info = read_info(plan)
+        graph = plan.with_name(info.onnx)
         return "runtime", SimpleNamespace(
             create_runtime_config=lambda: SimpleNamespace(),
             create_execution_context=lambda config: FakeContext(gpu, info, graph),
         )
 
-    monkeypatch.setattr(Engine, "_load", load)
+    monkeypatch.setattr(runner, "load_plan", load_plan)
     monkeypatch.setattr(kernels, "Kernels", lambda _, *sizes: FakeKernels(gpu, *sizes))
     return gpu

@@ -1,8 +1,8 @@
 """Pictures of the notebooks as JupyterLab shows them, with their widgets alive: `make screenshots`.
 
-    python tests/screenshots.py [output folder, build/screenshots by default] [numbers of notebooks]
+    PYTHONPATH=tests python -m support.screenshots [output folder, default build/screenshots] [numbers of notebooks]
 
-Each notebook is run in a browser and kept from top to bottom as NAME_0.png, NAME_1.png and so on.
+Each notebook is run in a browser and saved from top to bottom as NAME_0.png, NAME_1.png and so on.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NUMBERS = ("01", "04", "05", "06")
 QUESTION = "为什么要用 flatten？"
 _SCROLLER = """() => document.querySelector('.jp-NotebookPanel .jp-WindowedPanel-outer')
   || document.querySelector('.jp-NotebookPanel .jp-Notebook')"""
-# To the end of the last cell; below it JupyterLab leaves room to scroll.
+# To the end of the last cell; JupyterLab leaves empty room below it.
 _HEIGHT = """element => [...element.querySelectorAll('.jp-Cell')].at(-1).getBoundingClientRect().bottom
   - element.getBoundingClientRect().top + element.scrollTop"""
 
 
 def main(output: Path, numbers: list[str]) -> int:
-    """Write the pictures of all `numbers`, in order, and print their names; the number of notebooks that failed."""
+    """Write the pictures of the notebooks `numbers` and print their names; returns how many notebooks failed."""
     if absent := missing():
         sys.exit(absent)
     output.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def main(output: Path, numbers: list[str]) -> int:
                 run_all_cells(page)
                 if path.stem.startswith("06"):
                     chat(page)
-            except AssertionError as error:  # its picture is of use all the more
+            except AssertionError as error:  # a picture of it helps to see why
                 failed += 1
                 print(f"{path.name}: {error}", file=sys.stderr)
             for picture in take(page, output, path.stem):
@@ -58,7 +58,7 @@ def main(output: Path, numbers: list[str]) -> int:
 
 
 def chat(page: Page) -> None:
-    """A question in the chat panel, and its whole answer."""
+    """Ask a question in the chat panel and wait for the whole answer."""
     panel = ChatPanel(page)
     panel.set_greedy(True)
     panel.send(QUESTION)
@@ -67,7 +67,7 @@ def chat(page: Page) -> None:
 
 
 def hide_sidebars(page: Page) -> None:
-    """The notebook gets the whole width."""
+    """Give the notebook the whole width."""
     if page.locator("#jp-left-stack").is_visible():
         page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="View").click()
         page.locator('.lm-Menu-item[data-type="submenu"]', has_text="Appearance").hover()
@@ -75,12 +75,12 @@ def hide_sidebars(page: Page) -> None:
 
 
 def take(page: Page, output: Path, name: str) -> list[Path]:
-    """Scroll through the notebook and keep what is seen; the last picture is as high as what was left."""
+    """Scroll through the notebook and save each view; the last picture is only as high as the rest."""
     for old in output.glob(f"{name}_*.png"):
         old.unlink()
     scroller = page.evaluate_handle(_SCROLLER).as_element()
     assert scroller is not None
-    page.wait_for_timeout(1500)  # pictures in outputs get their height when they have been read
+    page.wait_for_timeout(1500)  # pictures in outputs have no height before they are loaded
     box = scroller.bounding_box()
     assert box is not None
     height, seen = int(scroller.evaluate(_HEIGHT)), int(box["height"])
@@ -88,7 +88,7 @@ def take(page: Page, output: Path, name: str) -> list[Path]:
     for top in range(0, height, seen):
         scroller.evaluate("(element, top) => { element.scrollTop = top; }", top)
         page.wait_for_timeout(300)
-        repeated = top - scroller.evaluate("element => element.scrollTop")  # it does not scroll past its end
+        repeated = top - scroller.evaluate("element => element.scrollTop")  # scrolling stops at the end
         shown = min(seen - repeated, height - top)
         clip = {"x": box["x"], "y": box["y"] + repeated, "width": box["width"], "height": shown}
         written.append(output / f"{name}_{len(written)}.png")
@@ -97,7 +97,7 @@ def take(page: Page, output: Path, name: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    # Tests and notebooks agree on the shipped model unless another one is asked for.
+    # The shipped model, as in the tests, unless another one is selected.
     os.environ.setdefault("GLMTRT_MODEL", "models/chatglm_tiny")
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/screenshots")
     sys.exit(1 if main(folder, sys.argv[2:] or list(NUMBERS)) else 0)

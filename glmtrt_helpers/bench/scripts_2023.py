@@ -1,59 +1,56 @@
 """Export and build as the scripts of 2023 did, for comparison: every step holds the weights, some hold them twice.
 
-python -m glmtrt_helpers.bench.conventional export|build DIR OUTPUT
+python -m glmtrt_helpers.bench.scripts_2023 export|build DIR OUTPUT
 """
 
 import sys
 from pathlib import Path
 
-GRAPH, PLAN = "classical.onnx", "classical.plan"
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core.progress import say
+from glmtrt_helpers.engines.builder import add_profiles
+from glmtrt_helpers.engines.callbacks import make_log
+from glmtrt_helpers.engines.profiles import chat_profiles
+from glmtrt_helpers.graphs.tensorrt_parser import parse
 
-
-def _say(phase: str) -> None:
-    print(f"{phase} ...", file=sys.stderr, flush=True)
+GRAPH, PLAN = "scripts_2023.onnx", "scripts_2023.plan"
 
 
 def export(directory: Path, output: Path) -> None:
-    """Load all weights, trace the model with them, and write them into the model's own file."""
+    """Load all weights, trace the model with them, and write them into the ONNX file."""
+    # Here, or PyTorch would count in the memory of `build`, which does without it.
     import torch
 
     from glmtrt_helpers.checkpoints import loading
-    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.export import exporting
 
-    _say("loading the weights")
+    say("loading the weights")
     checkpoint = open_checkpoint(directory)
     model = loading.load_model(checkpoint, torch.float16)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    _say("tracing")
+    say("tracing")
     with exporting.quiet():
         exporting.torchscript_export(model, checkpoint, torch.float16, 17, exporting.EXAMPLE, str(output / GRAPH))
 
 
 def build(directory: Path, output: Path) -> None:
-    """Read the whole file, parse it from memory, and hold the plan before it is written."""
-    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-    from glmtrt_helpers.core import tensorrt_package
-    from glmtrt_helpers.engines.builder import add_profiles
-    from glmtrt_helpers.engines.callbacks import make_log
-    from glmtrt_helpers.engines.profiles import chat_profiles
-    from glmtrt_helpers.graphs.tensorrt_parser import parse
-
+    """Read the whole file, parse it from memory, and hold the whole plan before writing it."""
     checkpoint = open_checkpoint(directory)
     trt = tensorrt_package.choose(building=True).module
     log = make_log(trt)
-    _say("reading the file")
+    say("reading the file")
     data = (output / GRAPH).read_bytes()
-    _say("parsing")
+    say("parsing")
     builder, network, parser, errors = parse(trt, log, data)
     if errors:
         raise SystemExit(errors[0])
     config = builder.create_builder_config()
     add_profiles(builder, network, config, chat_profiles(checkpoint))
-    _say("building")
+    say("building")
     plan = builder.build_serialized_network(network, config)
     del parser  # it owns the weights until here
-    _say("writing")
+    say("writing")
     (output / PLAN).write_bytes(plan)
 
 

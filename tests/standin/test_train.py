@@ -1,4 +1,4 @@
-"""The stand-in: the shipped one knows its corpus with a margin, and a smaller one can be trained from nothing."""
+"""The stand-in: the shipped one knows its corpus with a margin, and a smaller one can be trained from scratch."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from glmtrt_helpers.sessions.pytorch import TorchSession
 from glmtrt_helpers.standin import train
 
 
-def test_corpus_is_what_was_promised() -> None:
+def test_the_corpus_has_enough_answers_in_both_languages() -> None:
     examples = train.load_corpus()
     assert len(examples) >= 120
     assert len({(e.history, e.question) for e in examples}) == len(examples)
@@ -62,8 +62,9 @@ def test_tokenizer_pieces_are_in_upstreams_order() -> None:
     assert tokenizer.size <= checkpoint.vocab_size
 
 
+@pytest.mark.slow
 def test_a_smaller_standin_learns(tmp_path: Path) -> None:
-    """Twelve answers, two layers: trained from nothing it gives each exactly; before training it does not."""
+    """Twelve answers, two layers: after training from scratch it gives each exactly."""
     examples = train.load_corpus()[:12]
     margins = train.build_standin(
         tmp_path / "small", examples, pieces=420, max_epochs=400, num_layers=2, hidden_size=64, inner_hidden_size=256
@@ -77,7 +78,6 @@ def test_a_smaller_standin_learns(tmp_path: Path) -> None:
         assert tokenizer.decode(greedy(session, checkpoint, prompt, max_length=1024)) == example.answer
 
 
-def test_too_few_epochs_are_said_so(tmp_path: Path) -> None:
-
+def test_too_few_epochs_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(WorkbookError, match="raise max_epochs"):
         train.build_standin(tmp_path / "lazy", train.load_corpus()[:4], pieces=300, max_epochs=1, num_layers=1)

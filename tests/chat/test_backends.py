@@ -1,0 +1,58 @@
+"""Sessions by the name of their backend, which backends can be opened here, and which is the fastest."""
+
+from pathlib import Path
+
+import pytest
+from support.exporting import exported_copy
+
+from glmtrt_helpers.chat import backends
+from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.engines.builder import build_engine
+from glmtrt_helpers.sessions.onnxruntime import OrtSession, SlicedOrtSession
+from glmtrt_helpers.sessions.pytorch import TorchSession
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    monkeypatch.setattr(tensorrt_package, "gpus", list)
+    return exported_copy(tmp_path)
+
+
+def test_sessions_by_name(checkpoint: Checkpoint) -> None:
+    for name, kind in (("torch", TorchSession), ("ort", OrtSession)):
+        session = backends.open_session(checkpoint, name, "fp32")
+        assert isinstance(session, kind) and session.backend == name and session.dtype == "float32"
+    with pytest.raises(WorkbookError, match="'gpu' is not a backend of this workbook: choose torch, ort, tensorrt"):
+        backends.open_session(checkpoint, "gpu")
+
+
+def test_reasons_name_what_is_missing(checkpoint: Checkpoint) -> None:
+    assert list(backends.unavailable(checkpoint)) == ["tensorrt"]
+    assert "05_build_profiles" in backends.unavailable(checkpoint)["tensorrt"]
+    plan = build_engine(checkpoint, "fp16").plan
+    assert "an engine needs one" in backends.unavailable(checkpoint)["tensorrt"], "the plan is fine, the GPU is missing"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    assert backends.best_backend(checkpoint) == ("ort", backends.unavailable(checkpoint)["tensorrt"])
+    assert "is truncated" in backends.unavailable(checkpoint)["tensorrt"]
+    (checkpoint.directory / "model.fp16.onnx").unlink()
+    assert "03_export_onnx" in backends.unavailable(checkpoint)["ort"]
+    assert backends.best_backend(checkpoint)[0] == "torch"
+
+
+def test_a_large_checkpoint_runs_in_slices_and_prefers_pytorch(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backends.best_backend(checkpoint)[0] == "ort"
+    assert not isinstance(backends.open_session(checkpoint, "ort"), SlicedOrtSession)
+    monkeypatch.setattr(checkpoint_module, "LARGE_BYTES", 1000)
+    assert isinstance(backends.open_session(checkpoint, "ort"), SlicedOrtSession)
+    assert backends.best_backend(checkpoint)[0] == "torch"
+
+
+def test_without_any_backend_all_reasons_are_given(checkpoint: Checkpoint) -> None:
+    missing = {"tensorrt": "no GPU.", "ort": "no graph.", "torch": "no PyTorch."}
+    with pytest.raises(WorkbookError, match=r"no backend can be opened: no GPU\. no graph\. no PyTorch\."):
+        backends.first_available(checkpoint, missing)

@@ -1,0 +1,42 @@
+"""What the commands load: `glmtrt --help` next to nothing, inspect and doctor no PyTorch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support.checkpoints import TINY
+from support.exporting import exported_copy
+
+from glmtrt_helpers.export import exporting
+
+HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "matplotlib", "psutil", "rich.markdown", "rich.traceback"}
+
+
+def run(*arguments: str, before: str = "", after: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, with statements before and after it."""
+    program = "\n".join([
+        "import json, sys", before, "from glmtrt_helpers.cli.commands import main",
+        "try:", "    main()", "except SystemExit as ended:", "    assert not ended.code", after,
+    ])  # fmt: skip
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_loads_little() -> None:
+    """Which is why it starts quickly; `glmtrt bench startup` measures that."""
+    done = run("--help", after="print(json.dumps(sorted(sys.modules)), file=sys.stderr)")
+    assert "Usage:" in done.stdout and "workbook" in done.stdout
+    assert not HEAVY & set(json.loads(done.stderr))
+
+
+def test_help_doctor_and_inspect_run_without_pytorch(tmp_path: Path) -> None:
+    graph = exporting.onnx_path(exported_copy(tmp_path), "fp16")
+    for arguments, prints in (
+        (["--help"], "inspect"),
+        (["doctor"], "ONNX Runtime"),
+        (["doctor", "--model", str(TINY)], "total on the GPU"),
+        (["inspect", str(graph)], "past_key_values.0.key"),
+    ):
+        done = run(*arguments, before="sys.modules['torch'] = None")
+        assert done.returncode == 0 and prints in done.stdout, done.stderr

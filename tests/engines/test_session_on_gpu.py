@@ -1,0 +1,292 @@
+"""Both TensorRT sessions on a GPU, that of notebook 05's engine and that of the fast one, against PyTorch in fp32.
+
+On the shipped, trained checkpoint: every answer of its corpus counts.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.checkpoints import TINY
+
+from glmtrt_helpers.chat import backends
+from glmtrt_helpers.chat.conversation import Chat
+from glmtrt_helpers.chat.sampling import Sampling
+from glmtrt_helpers.checkpoints import loading
+from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.engines import cuda
+from glmtrt_helpers.engines.builder import BuildOptions, build_engine
+from glmtrt_helpers.engines.profiles import Profile, Range
+from glmtrt_helpers.engines.session import TensorRTSession
+from glmtrt_helpers.fast import backends as fast_backends
+from glmtrt_helpers.fast.decoder import build_fast
+from glmtrt_helpers.fast.tensorrt import FastTensorRTSession
+from glmtrt_helpers.graphs import verification
+from glmtrt_helpers.graphs.reference import CASES, Case
+from glmtrt_helpers.inputs import positions_and_mask
+from glmtrt_helpers.inputs.prompts import chat_prompt
+from glmtrt_helpers.sessions.decode_loop import generate, greedy
+from glmtrt_helpers.sessions.pytorch import TorchSession
+from glmtrt_helpers.standin import train
+
+pytestmark = pytest.mark.gpu
+
+Opened = TensorRTSession | FastTensorRTSession
+# One profile for all of `reference.CASES`; the two of a chat do not cover a chunk on a past.
+ANY_SHAPE = [Profile("any shape", Range(1, 1, 4), Range(1, 8, 64), Range(0, 64, 2047))]
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp32", "fp16 fast", "fp32 fast"])
+def session(trained: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Opened]:
+    """Both engines: what holds for one has to hold for the other."""
+    dtype, *is_fast = request.param.split()
+    opened: Any = (fast_backends if is_fast else backends).open_session(trained, "tensorrt", dtype)
+    yield opened
+    opened.close()
+
+
+@functools.cache
+def torch_session() -> TorchSession:
+    checkpoint = open_checkpoint(TINY)
+    return TorchSession(loading.load_model(checkpoint))
+
+
+@functools.cache
+def by_torch(prompt: tuple[int, ...]) -> list[int]:
+    """PyTorch's greedy answer in fp32, computed once for all engines."""
+    return greedy(torch_session(), open_checkpoint(TINY), list(prompt))
+
+
+def prompt_of(checkpoint: Checkpoint, example: train.Example) -> list[int]:
+    return chat_prompt(load_tokenizer(checkpoint), example.question, example.history)
+
+
+def test_every_answer_of_the_corpus_token_for_token(trained: Checkpoint, session: Opened) -> None:
+    corpus = train.load_corpus()
+    assert len(corpus) > 150
+    for example in corpus:
+        prompt = prompt_of(trained, example)
+        expected = by_torch(tuple(prompt))
+        assert greedy(session, trained, prompt) == expected, example.question
+        assert load_tokenizer(trained).decode(expected) == example.answer
+
+
+def open_wide(trained: Checkpoint, dtype: str) -> TensorRTSession:
+    """An engine whose one profile covers every case, next to the chat's."""
+    target = trained.directory / f"wide.{dtype}.onnx"
+    target.write_bytes((trained.directory / f"model.{dtype}.onnx").read_bytes())
+    report = build_engine(trained, dtype, ANY_SHAPE, onnx_path=target)
+    return TensorRTSession.open(trained, dtype, report.plan)
+
+
+def open_wide_fast(trained: Checkpoint, dtype: str, options: BuildOptions | None = None) -> FastTensorRTSession:
+    """The same for the fast engine, in a copy, since the names of its plans are fixed."""
+    directory = trained.directory.with_name(f"wide_{dtype}")
+    shutil.copytree(trained.directory, directory, dirs_exist_ok=True)
+    copy = open_checkpoint(directory)
+    build_fast(copy, dtype, ANY_SHAPE, options=options)
+    return FastTensorRTSession.open(copy, dtype)
+
+
+@pytest.mark.parametrize("kind", ["classical", "fast"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_logits_and_presents_within_tolerance(trained: Checkpoint, dtype: str, kind: str) -> None:
+    """Every case: no past, a long past, chunks, padding, the last positions. PyTorch fp32 is the reference."""
+    opened: Opened = open_wide(trained, dtype) if kind == "classical" else open_wide_fast(trained, dtype)
+    result = verification.verify(trained, dtype, session=opened)
+    opened.close()
+    for row in result.rows:
+        own = "" if row.own_error is None else f", PyTorch fp16 {row.own_error:.1e}"
+        print(f"{dtype} {kind}, {row.case.name}: {row.error:.1e} of {row.tolerance:.1e} tolerated{own}, {row.tensor}")
+    assert len(result.rows) == len(CASES) and result.ok
+    assert opened.arithmetic == ("tf32" if dtype == "fp32" else None)
+
+
+def test_exact_fp32_matmuls_are_within_a_tenth_of_the_tolerance(trained: Checkpoint) -> None:
+    """Without TF32, every case is within 1e-4 of the largest value; in a separate process, which reads the setting."""
+    options = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    code = f"import test_session_on_gpu as tests\ntests.verify_exact(tests.open_checkpoint({str(trained.directory)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=options)
+    print(done.stdout)
+    assert done.returncode == 0 and done.stdout.count("tolerated") == 2 * len(CASES), done.stderr
+    chat = [
+        sys.executable,
+        "-c",
+        "from glmtrt_helpers.cli import commands; commands.main()",
+        "chat",
+        str(trained.directory),
+    ]
+    done = subprocess.run([*chat, "--dtype", "fp32", "--prompt", "你好", "--greedy"], capture_output=True, text=True)
+    assert done.stdout == next(e.answer for e in train.load_corpus() if e.question == "你好") + "\n", done.stderr
+    with pytest.raises(WorkbookError, match="use another process"):
+        TensorRTSession.open(trained, "fp32", trained.directory / "exact.plan")
+
+
+def verify_exact(trained: Checkpoint) -> None:
+    """In the child process of the test above."""
+    target = trained.directory / "exact.onnx"
+    target.write_bytes((trained.directory / "model.fp32.onnx").read_bytes())
+    report = build_engine(trained, "fp32", ANY_SHAPE, options=BuildOptions(tf32=False), onnx_path=target)
+    exact: list[Opened] = [TensorRTSession.open(trained, "fp32", report.plan)]
+    exact.append(open_wide_fast(trained, "fp32", BuildOptions(tf32=False)))
+    for opened in exact:
+        assert opened.arithmetic is None
+        result = verification.verify(trained, "fp32", session=opened)
+        for row in result.rows:
+            name = f"{type(opened).__name__}, {row.case.name}"
+            print(f"fp32 without TF32, {name}: {row.error:.1e} of {row.tolerance:.1e} tolerated, {row.tensor}")
+        assert result.ok
+
+
+def test_the_longest_past(trained: Checkpoint, session: Opened) -> None:
+    """2047 tokens in the cache and one more, as many as the model has positions."""
+    last = trained.max_length - 1
+    case = Case("longest past", 1, 1, last)
+    dtype = session.info.dtype
+    result = verification.verify(trained, dtype, [case], session=session)
+    assert result.ok and result.rows[0].case.past == last and session.profile == "decode"
+
+
+def test_zero_past_is_a_prefill(trained: Checkpoint, session: Opened) -> None:
+    call = positions_and_mask.prefill(trained, [prompt_of(trained, train.load_corpus()[0])])
+    session.reset()
+    actual = session.step(call)
+    expected = torch_session().run({**call, **torch_session().empty_past(1)})["logits"][:, -1]
+    assert session.profile == "prefill" and session.past == call["input_ids"].shape[1]
+    scale = np.abs(expected).max()
+    assert np.abs(actual - expected).max() < 5e-3 * scale and actual.argmax() == expected.argmax()
+
+
+def test_profiles_switch_between_prefill_and_decode(trained: Checkpoint, session: Opened) -> None:
+    """Prefill, decode, and prefill again: the second answer does not depend on the first."""
+    examples = train.load_corpus()[:2]
+    used = []
+    for example in (*examples, examples[0]):
+        prompt = prompt_of(trained, example)
+        answer = []
+        for (token,) in generate(session, trained, [prompt]):
+            used.append(session.profile)
+            answer.append(token)
+        assert load_tokenizer(trained).decode(answer) == example.answer
+    assert used.count("decode") > 20
+    if isinstance(session, TensorRTSession):  # the fast one runs steps ahead of the token that is read
+        assert used.count("prefill") == 3 and used[0] == "prefill"
+
+
+def test_a_left_padded_batch_of_four_answers_as_each_alone(trained: Checkpoint, session: Opened) -> None:
+    corpus = [example for example in train.load_corpus() if not example.history]
+    for start in (0, 20, 60):
+        four = sorted(corpus[start : start + 16], key=lambda example: len(example.question))[::4]
+        chat = Chat(trained, session, Sampling(greedy=True))
+        assert chat.ask_together([example.question for example in four]) == [example.answer for example in four]
+        assert len({len(prompt_of(trained, example)) for example in four}) > 1
+
+
+def test_fifty_rounds_leave_device_memory_flat(trained: Checkpoint, session: Opened) -> None:
+    questions = [example.question for example in train.load_corpus() if not example.history]
+    taken = []
+    # At first each new length loads kernels, and better ones are compiled in the background; after that, no byte more
+    # may be taken.
+    for _ in range(5):
+        before = cuda.free_device_memory()
+        chat = Chat(trained, session, Sampling(greedy=True), drop_oldest=True)
+        for index in range(50):
+            chat.ask(questions[index % len(questions)])
+        assert len(chat.history) < 50, "the context limit must be met on the way"
+        taken.append(before - cuda.free_device_memory())
+        if taken[-1] == 0:
+            break
+    print(f"{session.info.dtype}: device memory taken by 50 rounds, each time: {taken}")
+    assert taken[-1] == 0
+
+
+def test_closing_frees_all_memory(trained: Checkpoint) -> None:
+    TensorRTSession.open(trained).close()  # what the libraries keep for good
+    before = cuda.free_device_memory()
+    for _ in range(3):
+        opened = TensorRTSession.open(trained)
+        Chat(trained, opened, Sampling(greedy=True)).ask("你好")
+        opened.close()
+        del opened
+    assert cuda.free_device_memory() >= before
+
+
+def test_a_shape_outside_every_profile(trained: Checkpoint, session: Opened) -> None:
+    prompt = prompt_of(trained, train.load_corpus()[0])
+    with pytest.raises(WorkbookError, match=r"5 prompts of up to .* outside the engine's profiles"):
+        next(generate(session, trained, [prompt] * 5))
+    call = positions_and_mask.prefill(trained, [prompt] * 5)
+    session.reset()
+    with pytest.raises(WorkbookError, match=r"batch 5, sequence .* outside every profile.*prefill: batch 1 to 4"):
+        session.step(call)
+    assert greedy(session, trained, prompt), "the session goes on after a refusal"
+
+
+def test_a_gpu_that_the_plan_was_not_built_for(trained: Checkpoint) -> None:
+    """An engine for Blackwell only is refused with a sentence that names both."""
+    if tensorrt_package.gpus()[0].capability[0] == 12:
+        pytest.skip("this is the GPU that the plan is built for")
+    target = trained.directory / "elsewhere.fp16.onnx"
+    target.write_bytes((trained.directory / "model.fp16.onnx").read_bytes())
+    options = BuildOptions(targets=["12.0"])
+    report = build_engine(trained, "fp16", options=options, onnx_path=target)
+    with pytest.raises(WorkbookError, match=r"built only for compute capability 12.0, the .* has") as caught:
+        TensorRTSession.open(trained, "fp16", report.plan)
+    print(caught.value)
+
+
+def test_out_of_device_memory_is_one_sentence(trained: Checkpoint) -> None:
+    """All but a little of the card's memory is taken first, so that every step of the opening fails once."""
+    from cuda.bindings import runtime as cudart
+
+    sentences = set()
+    cuda.free_device_memory()
+    for leave in (4e6, 20e6, 40e6, 60e6, 80e6, 100e6, 120e6, 160e6, 200e6):
+        status, address = cudart.cudaMalloc(int(cuda.free_device_memory() - leave))
+        assert status == cudart.cudaError_t.cudaSuccess
+        try:
+            TensorRTSession.open(trained, "fp32").close()
+        except WorkbookError as error:
+            sentences.add(str(error))
+        finally:
+            cudart.cudaFree(address)
+    print("\n".join(sorted(sentences)))
+    assert sentences and all("not enough memory" in sentence for sentence in sentences)
+    opened = TensorRTSession.open(trained, "fp32")
+    assert Chat(trained, opened, Sampling(greedy=True)).ask("你好"), "the next opening works"
+    opened.close()
+
+
+def test_no_pytorch_at_run_time(trained: Checkpoint) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from glmtrt_helpers.cli import commands\n"
+        f"sys.argv = ['glmtrt', 'chat', {str(trained.directory)!r}, '--prompt', '你好', '--greedy']\n"
+        "commands.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    answer = next(example.answer for example in train.load_corpus() if example.question == "你好")
+    assert done.stdout == answer + "\n", done.stderr
+
+
+def test_weight_streaming_gives_the_same_answers(trained: Checkpoint) -> None:
+    target = trained.directory / "streamed.fp16.onnx"
+    target.write_bytes((trained.directory / "model.fp16.onnx").read_bytes())
+    options = BuildOptions(weight_streaming=True)
+    report = build_engine(trained, "fp16", options=options, onnx_path=target)
+    opened = TensorRTSession.open(trained, "fp16", report.plan)
+    for example in train.load_corpus()[:3]:
+        assert greedy(opened, trained, prompt_of(trained, example)) == greedy(
+            torch_session(), trained, prompt_of(trained, example)
+        )
+    opened.close()

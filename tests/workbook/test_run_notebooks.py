@@ -1,0 +1,51 @@
+"""Executing one notebook: clean kernel, skipped cells, failing cells."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from support.checkpoints import TINY
+
+from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.workbook import run_notebooks
+
+
+def notebook(path: Path, *sources: str) -> Path:
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_failing_cell_fails_the_run_and_the_copy_shows_it(tmp_path: Path) -> None:
+    output = tmp_path / "out" / "09_broken.ipynb"
+    with pytest.raises(WorkbookError, match=r"09_broken\.ipynb failed: ZeroDivisionError"):
+        run_notebooks.execute(notebook(tmp_path / "09_broken.ipynb", "1 / 0"), output)
+    (cell,) = nbformat.read(output, as_version=4).cells
+    assert cell.outputs[0].ename == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_cells_that_generate_are_skipped_on_request(tmp_path: Path, generate: bool) -> None:
+    path = notebook(tmp_path / "09.ipynb", "print('new')", "print('always')")
+    content = nbformat.read(path, as_version=4)
+    content.cells[0].metadata.tags = ["generates"]
+    content.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text="saved\n")]
+    nbformat.write(content, path)
+    run_notebooks.execute(path, tmp_path / "out.ipynb", generate=generate)
+    first, second = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    expected = ["new\n"] if generate else [run_notebooks.SAVED, "saved\n"]
+    assert [output.text for output in first.outputs] == expected
+    assert [output.text for output in second.outputs] == ["always\n"]
+
+
+def test_generating_is_too_slow_on_a_large_checkpoint_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(TINY)
+    monkeypatch.setattr(tensorrt_package, "gpus", list)
+    assert not run_notebooks.generates_too_slowly(checkpoint)
+    monkeypatch.setattr(checkpoint_module, "LARGE_BYTES", 1000)
+    assert run_notebooks.generates_too_slowly(checkpoint)
+    monkeypatch.setattr(tensorrt_package, "gpus", lambda: [tensorrt_package.Gpu("a card", (9, 0), 10**11)])
+    assert not run_notebooks.generates_too_slowly(checkpoint)

@@ -1,0 +1,28 @@
+"""What the notebooks share: the working copy they open, and failures that must happen."""
+
+from pathlib import Path
+
+import pytest
+
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.workbook import setup
+
+
+def test_a_missing_working_copy_names_notebook_00(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # `start` changes it; this puts it back afterwards
+    monkeypatch.setenv(setup.MODEL_VARIABLE, str(tmp_path / "models" / "chatglm_6b"))
+    with pytest.raises(WorkbookError, match="00_start_here"):
+        setup.start()
+
+
+def test_an_expected_failure_is_printed_from_the_expected_words_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with setup.expect(ValueError, "the words", lines=2):
+        raise ValueError("before\nthe words\nafter\nmuch later")
+    assert capsys.readouterr().out == "ValueError: the words\n  after\n"
+
+
+def test_an_expected_failure_must_happen() -> None:
+    with pytest.raises(AssertionError, match="did not"), setup.expect(ValueError):
+        pass
+    with pytest.raises(ValueError, match="another"), setup.expect(ValueError, "the words"):
+        raise ValueError("another reason")
