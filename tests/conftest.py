@@ -1,14 +1,20 @@
 """Fixtures: small random checkpoints with the stand-in's remote code, and the shipped checkpoint's working copy."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import TINY, make_random
+from support.command_line import InProcess
 
+from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+from glmtrt_helpers.cli.commands import main
 from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.export import exporting
+from glmtrt_helpers.patches import patching
 
 torch.set_num_threads(1)  # models this small run fastest on one thread
 
@@ -37,6 +43,30 @@ def _no_gpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(tensorrt_package, "gpus", list)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def exported_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another working copy of it, patched and exported in fp16, shared by tests that only read it."""
+    directory = make_working_copy(TINY, tmp_path_factory.mktemp("exported"))
+    patching.patch_checkpoint(directory)
+    exporting.export_model(open_checkpoint(directory), "fp16")
+    return directory
+
+
+@pytest.fixture
+def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> InProcess:
+    """The command line in this process: exit code, and standard error without progress."""
+
+    def run(*arguments: object) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["glmtrt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        lines = capsys.readouterr().err.splitlines()
+        return int(ended.value.code or 0), [line for line in lines if not line.endswith((" ...", "is downloaded."))]
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

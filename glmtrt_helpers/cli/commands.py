@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from glmtrt_helpers.cli import bench as bench_commands
-from glmtrt_helpers.core import processes
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.progress import bytes_bar, phase_bars, say
 
@@ -275,7 +274,9 @@ def build(
 
     Writes model.fp16.plan and a description of it in JSON.
     """
-    processes.restart_with_huge_pages()
+    from glmtrt_helpers.core.processes import restart_with_huge_pages
+
+    restart_with_huge_pages()
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.engines import plan_info

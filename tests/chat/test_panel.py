@@ -4,25 +4,18 @@ import time
 from pathlib import Path
 
 import pytest
-from support.checkpoints import TINY
 
 from glmtrt_helpers.chat.panel import ChatPanel
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from glmtrt_helpers.checkpoints.working_copy import make_working_copy
-from glmtrt_helpers.export import exporting
-from glmtrt_helpers.patches import patching
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 from glmtrt_helpers.standin import train
 
 ANSWERS = {example.question: example.answer for example in train.load_corpus() if not example.history}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    directory = make_working_copy(TINY, tmp_path_factory.mktemp("panel"))
-    patching.patch_checkpoint(directory)
-    exporting.export_model(open_checkpoint(directory), "fp16")
-    return open_checkpoint(directory)
+@pytest.fixture
+def checkpoint(exported_standin: Path) -> Checkpoint:
+    return open_checkpoint(exported_standin)
 
 
 def test_it_streams_the_trained_answer_and_shows_figures(checkpoint: Checkpoint) -> None:

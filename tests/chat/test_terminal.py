@@ -10,29 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.checkpoints import TINY
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.chat.conversation import Chat
 from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.chat.terminal import answer
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-from glmtrt_helpers.checkpoints.working_copy import make_working_copy
-from glmtrt_helpers.export import exporting
-from glmtrt_helpers.patches import patching
 from glmtrt_helpers.standin import train
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import commands; commands.main()"]
 ANSWERS = {example.question: example.answer for example in train.load_corpus() if not example.history}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint, patched and exported."""
-    directory = make_working_copy(TINY, tmp_path_factory.mktemp("terminal"))
-    patching.patch_checkpoint(directory)
-    exporting.export_model(open_checkpoint(directory), "fp16")
-    return directory
 
 
 def run(*arguments: str | Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,17 +27,17 @@ def run(*arguments: str | Path, typed: str = "", **environment: str) -> subproce
     return subprocess.run(command, input=typed, capture_output=True, encoding="utf-8", check=False, env=settings)
 
 
-def test_the_answer_alone_on_standard_output(exported: Path) -> None:
+def test_the_answer_alone_on_standard_output(exported_standin: Path) -> None:
     for question in ("你好", "What is a profile?"):
-        done = run("chat", exported, "--backend", "ort", "--prompt", question, "--greedy")
+        done = run("chat", exported_standin, "--backend", "ort", "--prompt", question, "--greedy")
         assert done.returncode == 0 and done.stdout == ANSWERS[question] + "\n", done.stderr
-    done = run("chat", exported, "--prompt", "你好", "--greedy", LANG="C", LC_ALL="C")
+    done = run("chat", exported_standin, "--prompt", "你好", "--greedy", LANG="C", LC_ALL="C")
     assert done.stdout == ANSWERS["你好"] + "\n" and "Answering on" in done.stderr
 
 
 @pytest.mark.slow
-def test_every_trained_answer_is_printed_exactly(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = open_checkpoint(exported)
+def test_every_trained_answer_is_printed_exactly(exported_standin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(exported_standin)
     session = backends.open_session(checkpoint, "ort")
     for example in train.load_corpus():
         chat = Chat(checkpoint, session, Sampling(greedy=True))
@@ -59,20 +46,29 @@ def test_every_trained_answer_is_printed_exactly(exported: Path, capsys: pytest.
         assert capsys.readouterr().out == example.answer + "\n"
 
 
-def test_a_pipe_holds_a_conversation(exported: Path) -> None:
+def test_a_pipe_holds_a_conversation(exported_standin: Path) -> None:
     example = next(e for e in train.load_corpus() if len(e.history) == 1)
     typed = f"{example.history[0][0]}\n{example.question}\n"
-    done = run("chat", exported, "--backend", "ort", "--greedy", typed=typed)
+    done = run("chat", exported_standin, "--backend", "ort", "--greedy", typed=typed)
     assert done.stdout == f"{example.history[0][1]}\n{example.answer}\n", done.stderr
 
 
-def test_bad_input_is_one_line(exported: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(exported_standin: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (("chat", exported, "--backend", "gpu", "--prompt", "a"), "'gpu' is not a backend"),
-        (("chat", exported, "--backend", "tensorrt", "--prompt", "a"), "model.fp16.plan is missing: run notebook 05"),
-        (("chat", exported, "--backend", "ort", "--prompt", "a", "--temperature", "0"), "temperature 0.0 cannot"),
-        (("chat", exported, "--backend", "ort", "--prompt", " "), "the question is empty"),
-        (("chat", exported, "--backend", "ort", "--prompt", "a", "--max-length", "3"), "leave room for an answer"),
+        (("chat", exported_standin, "--backend", "gpu", "--prompt", "a"), "'gpu' is not a backend"),
+        (
+            ("chat", exported_standin, "--backend", "tensorrt", "--prompt", "a"),
+            "model.fp16.plan is missing: run notebook 05",
+        ),
+        (
+            ("chat", exported_standin, "--backend", "ort", "--prompt", "a", "--temperature", "0"),
+            "temperature 0.0 cannot",
+        ),
+        (("chat", exported_standin, "--backend", "ort", "--prompt", " "), "the question is empty"),
+        (
+            ("chat", exported_standin, "--backend", "ort", "--prompt", "a", "--max-length", "3"),
+            "leave room for an answer",
+        ),
         (("chat", tmp_path / "nowhere", "--prompt", "a"), "is not a directory"),
     ):
         done = run(*arguments)
@@ -113,8 +109,8 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(exported: Path) -> Iterator[Terminal]:
-    opened = Terminal("chat", exported, "--backend", "ort", "--greedy")
+def terminal(exported_standin: Path) -> Iterator[Terminal]:
+    opened = Terminal("chat", exported_standin, "--backend", "ort", "--greedy")
     yield opened
     os.close(opened.fd)
     os.waitpid(opened.pid, 0)
@@ -129,9 +125,9 @@ def test_chinese_is_typed_erased_and_answered(terminal: Terminal) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_answer_not_the_conversation(exported: Path) -> None:
+def test_ctrl_c_ends_the_answer_not_the_conversation(exported_standin: Path) -> None:
     wild = ("--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3")
-    terminal = Terminal("chat", exported, "--backend", "torch", *wild)
+    terminal = Terminal("chat", exported_standin, "--backend", "torch", *wild)
     terminal.expect("> ")
     terminal.type("你好\n")
     terminal.expect("\n")
@@ -144,7 +140,7 @@ def test_ctrl_c_ends_the_answer_not_the_conversation(exported: Path) -> None:
     os.close(terminal.fd)
 
 
-def test_text_appears_before_the_last_token_is_computed(exported: Path) -> None:
+def test_text_appears_before_the_last_token_is_computed(exported_standin: Path) -> None:
     """Every step of the session prints a mark; there must be text between the marks."""
     program = (
         "import sys\n"
@@ -154,7 +150,7 @@ def test_text_appears_before_the_last_token_is_computed(exported: Path) -> None:
         "def counted(self, call):\n"
         "    sys.stdout.write('|'); sys.stdout.flush(); return step(self, call)\n"
         "OrtSession.step = counted\n"
-        f"sys.argv = ['glmtrt', 'chat', {str(exported)!r}, '--backend', 'ort', '--prompt', '你好', '--greedy']\n"
+        f"sys.argv = ['glmtrt', 'chat', {str(exported_standin)!r}, '--backend', 'ort', '--prompt', '你好', '--greedy']\n"
         "commands.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)

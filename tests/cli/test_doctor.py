@@ -51,3 +51,10 @@ def test_the_smallest_card_for_the_real_size(machine: SimpleNamespace, monkeypat
     assert sizes["weights"] == "12.35 GB" and sizes["smallest card"] == "16 GB"
     notes = [note for part, _, note in rows if part == "this GPU"]
     assert notes == ["a small card is too small: lower --batch or --length", "a large card is large enough"]
+
+
+def test_the_cache_of_the_shipped_checkpoint() -> None:
+    """Per token two buffers, 4 layers, key and value of 128 fp16 numbers."""
+    rows = doctor.model_report(open_checkpoint(TINY), 4, 512)
+    note = next(note for part, _, note in rows if part == "cache")
+    assert note == f"{2 * 4 * 2 * 128 * 2:,} bytes per token, past and present, 4 x 512 tokens"

@@ -1,14 +1,12 @@
 """The command line from outside: exit codes, one line on bad input, and all steps on the shipped checkpoint."""
 
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
 from support.checkpoints import TINY
+from support.command_line import InProcess, run_glmtrt
 
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
@@ -23,14 +21,9 @@ from glmtrt_helpers.sessions.pytorch import TorchSession
 from glmtrt_helpers.standin import train
 
 
-def glmtrt(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from glmtrt_helpers.cli.commands import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="session")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """copy, patch, export and verify of the shipped checkpoint, both precisions, through the command line."""
+    """copy, patch and export of the shipped checkpoint, both precisions, through the command line."""
     source = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("walk") / "chatglm_tiny"))
     for arguments in (
         ("copy", source),
@@ -38,11 +31,12 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("export", source.parent / "run" / "chatglm_tiny"),
         ("export", source.parent / "run" / "chatglm_tiny", "--dtype", "fp32"),
     ):
-        done = glmtrt(*arguments)
+        done = run_glmtrt(*arguments)
         assert done.returncode == 0, done.stderr
     return source.parent / "run" / "chatglm_tiny"
 
 
+@pytest.mark.slow
 def test_the_copy_is_patched_and_the_source_is_not(walked: Path) -> None:
     assert (walked / "modeling_chatglm.py").read_bytes() != (TINY / "modeling_chatglm.py").read_bytes()
     original = walked.parent.parent / "chatglm_tiny"
@@ -50,19 +44,22 @@ def test_the_copy_is_patched_and_the_source_is_not(walked: Path) -> None:
     assert sorted(p.name for p in original.iterdir()) == sorted(p.name for p in TINY.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_verify_passes(walked: Path, dtype: str) -> None:
-    done = glmtrt("verify", walked, "--dtype", dtype)
+    done = run_glmtrt("verify", walked, "--dtype", dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "600" in done.stdout and "padded" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_graph_is_small_and_passes_inspect(walked: Path) -> None:
     assert (walked / "model.fp16.onnx").stat().st_size < 2_000_000
-    done = glmtrt("inspect", walked / "model.fp16.onnx")
+    done = run_glmtrt("inspect", walked / "model.fp16.onnx")
     assert done.returncode == 0 and "past_key_values.0.key" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_onnx_runtime_and_pytorch_give_the_same_tokens_on_the_whole_corpus(walked: Path, dtype: str) -> None:
     checkpoint = open_checkpoint(walked)
@@ -77,8 +74,9 @@ def test_onnx_runtime_and_pytorch_give_the_same_tokens_on_the_whole_corpus(walke
         assert tokenizer.decode(ort) == example.answer
 
 
+@pytest.mark.slow
 def test_build_writes_a_plan_and_its_json_and_chat_answers(walked: Path) -> None:
-    done = glmtrt("build", walked, "--past", "1,64,255", "--prompt", "1,16,128", "--batch", "1,1,2")
+    done = run_glmtrt("build", walked, "--past", "1,64,255", "--prompt", "1,16,128", "--batch", "1,1,2")
     assert done.returncode == 0, done.stdout + done.stderr
     info = plan_info.read_info(plan_info.plan_path(open_checkpoint(walked), "fp16"))
     assert [(profile.name, profile.past.max, profile.batch.max) for profile in info.profiles] == [
@@ -86,21 +84,22 @@ def test_build_writes_a_plan_and_its_json_and_chat_answers(walked: Path) -> None
         ("decode", 255, 2),
     ]
     assert "255x2x4x32" in done.stdout
-    done = glmtrt("chat", walked, "--backend", "ort", "--prompt", "你好", "--greedy")
+    done = run_glmtrt("chat", walked, "--backend", "ort", "--prompt", "你好", "--greedy")
     assert done.returncode == 0 and done.stdout.startswith("你好！"), done.stderr
 
 
-def test_patch_check_and_restore(tiny_random: Path) -> None:
+def test_patch_check_and_restore(glmtrt: InProcess, tiny_random: Path) -> None:
     original = (tiny_random / "modeling_chatglm.py").read_bytes()
-    assert glmtrt("patch", tiny_random, "--check").returncode == 1
+    assert glmtrt("patch", tiny_random, "--check") == (1, [])
     assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
     for _ in range(2):  # patching a patched file is fine
-        assert glmtrt("patch", tiny_random).returncode == 0
-    assert glmtrt("patch", tiny_random, "--check").returncode == 0
-    assert glmtrt("patch", tiny_random, "--restore").returncode == 0
+        assert glmtrt("patch", tiny_random) == (0, [])
+    assert glmtrt("patch", tiny_random, "--check") == (0, [])
+    assert glmtrt("patch", tiny_random, "--restore") == (0, [])
     assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
 
 
+@pytest.mark.slow
 def test_verify_beyond_tolerance_fails(walked: Path, tmp_path: Path) -> None:
     """A graph whose mask constant is -1 instead of -10000."""
     private = Path(shutil.copytree(walked, tmp_path / "wrong"))
@@ -115,17 +114,24 @@ def test_verify_beyond_tolerance_fails(walked: Path, tmp_path: Path) -> None:
             changed += 1
     assert changed
     onnx.save(model, private / "model.fp16.onnx")
-    done = glmtrt("verify", private)
+    done = run_glmtrt("verify", private)
     assert done.returncode == 1 and "no" in done.stdout
 
 
-def test_inputs_records_a_chat(tmp_path: Path) -> None:
+def test_inputs_records_a_chat(glmtrt: InProcess, tmp_path: Path) -> None:
     private = Path(shutil.copytree(TINY, tmp_path / "chatglm_tiny"))
-    done = glmtrt("inputs", private, "--prompt", "你好")
-    assert done.returncode == 0 and "decode" in done.stdout
-    assert "你好！我是这本工作簿的小模型" in done.stderr
+    code, lines = glmtrt("inputs", private, "--prompt", "你好")
+    assert code == 0 and lines[0].startswith("你好！我是这本工作簿的小模型")
     calls = recording.load_record(open_checkpoint(private))
     assert calls[0].kind == "prefill" and calls[1].past == calls[0].sequence
+
+
+def test_inputs_of_a_few_layers_say_so(glmtrt: InProcess, tmp_path: Path) -> None:
+    directory = make_working_copy(TINY, tmp_path)
+    code, lines = glmtrt("inputs", directory, "--layers", "2", "--max-new", "3")
+    assert code == 0 and "the first 2 of 4 layers" in lines[-1]
+    calls = recording.load_record(open_checkpoint(directory))
+    assert [(call.sequence, call.past) for call in calls] == [(3, 0), (1, 3), (1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -141,32 +147,13 @@ def test_inputs_records_a_chat(tmp_path: Path) -> None:
         (("patch", TINY, "--restore"), "nothing to restore"),
     ],
 )
-def test_bad_input_gets_one_line_and_no_traceback(arguments: tuple[object, ...], says: str) -> None:
-    done = glmtrt(*arguments)
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("tracing", "Running"))]
-    assert len(lines) == 1 and lines[0].startswith("glmtrt: ") and says in lines[0], done.stderr
+def test_bad_input_gets_one_line(glmtrt: InProcess, arguments: tuple[object, ...], says: str) -> None:
+    code, lines = glmtrt(*arguments)
+    assert code == 1 and len(lines) == 1
+    assert lines[0].startswith("glmtrt: ") and says in lines[0]
 
 
-def test_doctor_predicts_gpu_memory() -> None:
-    done = glmtrt("doctor", "--model", TINY, "--batch", "4", "--length", "512")
-    assert done.returncode == 0, done.stderr
-    # Two buffers, 4 layers, key and value of 128 fp16 numbers; a cell may be folded into several lines.
-    text = " ".join(re.sub("[│┃]", " ", done.stdout).split())
-    assert f"{2 * 4 * 2 * 128 * 2:,} bytes per token" in text and "4 x 512" in text
-    assert "smallest card" in text and "to build it" in text
-
-
-def test_inputs_of_a_few_layers_say_so(tmp_path: Path) -> None:
-    directory = make_working_copy(TINY, tmp_path)
-    done = glmtrt("inputs", directory, "--layers", "2", "--max-new", "3")
-    assert done.returncode == 0 and "first 2 of 4 layers" in done.stderr
-    calls = recording.load_record(open_checkpoint(directory))
-    assert [(call.sequence, call.past) for call in calls] == [(3, 0), (1, 3), (1, 4)]
-
-
-def test_doctor_reports_this_machine() -> None:
-    done = glmtrt("doctor")
-    assert done.returncode == 0
-    for word in ("CPU", "memory", "GPU", "tensorrt-rtx", "ONNX Runtime", "04 verify"):
-        assert word in done.stdout
+def test_in_a_process_of_its_own_bad_input_gets_no_traceback() -> None:
+    done = run_glmtrt("inspect", "no.onnx")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("glmtrt: no.onnx ") and len(done.stderr.splitlines()) == 1

@@ -9,7 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.checkpoints import SHARD, make_random, refusal, to_bin
+from support.command_line import InProcess
 
 from glmtrt_helpers.checkpoints import loading, shards
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
-from glmtrt_helpers.cli.commands import main
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.graphs import verification
 from glmtrt_helpers.inputs import positions_and_mask, recording
@@ -198,24 +198,6 @@ def fill(disk: Path, room: int) -> None:
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free - room * 4096))
 
 
-Glmtrt = Callable[..., tuple[int, list[str]]]
-
-
-@pytest.fixture
-def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Glmtrt:
-    """The command line in this process: exit code, and standard error without progress."""
-
-    def run(*arguments: object) -> tuple[int, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["glmtrt", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        lines = capsys.readouterr().err.splitlines()
-        return int(ended.value.code or 0), [line for line in lines if not line.endswith((" ...", "is downloaded."))]
-
-    return run
-
-
 def assert_refused(result: tuple[int, list[str]], file: Path) -> None:
     """Exit code 1 and one sentence: what could not be written, why, and what to do."""
     code, lines = result
@@ -234,7 +216,7 @@ def assert_refused(result: tuple[int, list[str]], file: Path) -> None:
     ],
 )
 def test_a_full_disk_is_one_sentence(
-    disk: Path, tiny_random: Path, glmtrt: Glmtrt, command: str, room: int, fails: str
+    disk: Path, tiny_random: Path, glmtrt: InProcess, command: str, room: int, fails: str
 ) -> None:
     directory = Path(shutil.copytree(tiny_random, disk / "chatglm_random"))
     before = contents(disk)
@@ -250,7 +232,7 @@ def test_a_full_disk_is_one_sentence(
 
 @pytest.mark.slow
 def test_a_disk_that_fills_while_streaming_and_then_while_exporting(
-    disk: Path, one_layer: Path, glmtrt: Glmtrt
+    disk: Path, one_layer: Path, glmtrt: InProcess
 ) -> None:
     directory = Path(shutil.copytree(one_layer, disk / "chatglm_random"))
     (directory / "model.fp16.onnx").write_bytes(b"an older export")
@@ -360,7 +342,7 @@ def merge_lora(directory: Path, rank: int = 4) -> None:
 
 
 @pytest.mark.slow
-def test_a_merged_lora_is_a_checkpoint_like_any_other(tiny_random: Path, tmp_path: Path, glmtrt: Glmtrt) -> None:
+def test_a_merged_lora_is_a_checkpoint_like_any_other(tiny_random: Path, tmp_path: Path, glmtrt: InProcess) -> None:
     base = Path(shutil.copytree(tiny_random, tmp_path / "chatglm_base"))
     merge_lora(tiny_random)
     changed = [name for name, tensor in weights(base).items() if not torch.equal(tensor, weights(tiny_random)[name])]
