@@ -150,7 +150,8 @@ def test_text_appears_before_the_last_token_is_computed(exported_standin: Path) 
         "def counted(self, call):\n"
         "    sys.stdout.write('|'); sys.stdout.flush(); return step(self, call)\n"
         "OrtSession.step = counted\n"
-        f"sys.argv = ['glmtrt', 'chat', {str(exported_standin)!r}, '--backend', 'ort', '--prompt', '你好', '--greedy']\n"
+        f"sys.argv = ['glmtrt', 'chat', {str(exported_standin)!r}, '--backend', 'ort']\n"
+        "sys.argv += ['--prompt', '你好', '--greedy']\n"
         "commands.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
