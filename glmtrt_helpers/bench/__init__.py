@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "gpu_tests": ["load_gpu_tests"],
         "kernel_trace": ["find_step", "kernel_rows", "kind_of", "load_trace"],
         "memory": ["measure_memory"],
         "plots": [
@@ -17,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "plot_roofline",
             "plot_usage",
         ],
-        "results": ["load"],
+        "results": ["entry_names", "load", "read_json"],
         "roofline": ["bounds", "floor_ms"],
         "speed": ["measure"],
     },

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from glmtrt_helpers.bench import speed
 from glmtrt_helpers.bench.kernel_trace import Step, kind_of, layer_floor_us, one_layer, short_name
-from glmtrt_helpers.bench.results import Report, Row
+from glmtrt_helpers.bench.results import Report, Row, entry_names
 from glmtrt_helpers.bench.roofline import bounds, floor_ms
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core import display
@@ -116,8 +116,7 @@ def plot_memory(report: Report, about: str = "") -> Figure:
         _label(axis, f"{size:.2f}", size, row)
     weights = report.weights_bytes / 1e9
     axis.axvline(weights, color=FLOOR, linestyle=":", zorder=0.5, label=f"weights {weights:.2f}")
-    labels = [f"{name}, several rows" if name in names[:row] else name for row, name in enumerate(names)]
-    axis.set_yticks(range(len(names)), labels)
+    axis.set_yticks(range(len(names)), entry_names(report.memory))
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1 * max([weights, *sizes]))
     axis.set_xlabel("GB on the GPU once it is open")

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plots": ["netron_view", "plot_layer_errors"],
         "reference": ["CASES", "Case"],
         "scopes": ["GraphIndex"],
-        "summary": ["summarize"],
+        "summary": ["location", "summarize"],
         "tensorrt_parser": ["inspect_capability", "tensorrt_errors"],
         "tolerances": ["largest_error", "tolerance"],
         "verification": ["verify"],

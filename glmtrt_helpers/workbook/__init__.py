@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "run_notebooks": ["execute", "notebooks", "run_all"],
         "setup": [
+            "QUESTIONS",
             "expect",
             "middle_checkpoint",
             "reference_dtype",

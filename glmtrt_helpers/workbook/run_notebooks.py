@@ -42,6 +42,7 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool
         kernel_name="python3",
         resources={"metadata": {"path": str(notebook.parent)}},
         extra_arguments=["--log-level=ERROR"],  # the kernel warns about its transport
+        coalesce_streams=True,  # a cell's output arrives in pieces, differently each time
         skip_cells_with_tag="" if generate else GENERATES,
     )
     if not generate:

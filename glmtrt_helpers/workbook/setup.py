@@ -21,6 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_MODEL = "models/chatglm_tiny"
 # Set by `make workbook MODEL=...`: a path relative to the project's folder, or an absolute one.
 MODEL_VARIABLE = "GLMTRT_MODEL"
+# Ten that the stand-in learned; notebooks 06 and 07 ask them to every backend.
+QUESTIONS = (
+    "你好",
+    "What is a profile?",
+    "谢谢",
+    "Hello",
+    "你是谁？",
+    "Who are you?",
+    "为什么要用 flatten？",
+    "Thank you",
+    "What is a hook?",
+    "什么是 plan 文件？",
+)
 
 
 def start(*, create: bool = False) -> Checkpoint:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.standin import train
 from glmtrt_helpers.workbook import setup
 
 
@@ -26,3 +27,8 @@ def test_an_expected_failure_must_happen() -> None:
         pass
     with pytest.raises(ValueError, match="another"), setup.expect(ValueError, "the words"):
         raise ValueError("another reason")
+
+
+def test_the_stand_in_learned_every_question_that_backends_are_compared_on() -> None:
+    learned = {example.question for example in train.load_corpus() if not example.history}
+    assert len(set(setup.QUESTIONS)) == 10 and set(setup.QUESTIONS) <= learned
