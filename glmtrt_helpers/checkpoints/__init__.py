@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "remote_code": ["build_model", "import_remote_code"],
         "shards": ["locate_tensors", "to_safetensors"],
         "tokenizer": ["Tokenizer", "load_tokenizer"],
-        "working_copy": ["make_working_copy"],
+        "working_copy": ["hard_links_note", "make_working_copy"],
     },
 )
