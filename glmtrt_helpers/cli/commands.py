@@ -165,10 +165,14 @@ def patch(
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.patches import patching
 
+    if check and restore:
+        raise typer.BadParameter("--check changes nothing and --restore does: choose one of them.")
     if restore:
-        print(f"{patching.restore_checkpoint(directory)} is the original again.")
+        edited = patching.restore_checkpoint(directory)
+        print(f"{directory / 'modeling_chatglm.py'} is the original again.")
+        _say_note(f"It had been changed by hand; that file is kept as {edited}." if edited else "")
         return
-    before = patching.check_checkpoint(directory)
+    before = patching.try_patching(directory)
     if not check:
         patching.patch_checkpoint(directory)
     now = patching.check_checkpoint(directory)
