@@ -10,6 +10,7 @@ from pathlib import Path
 from glmtrt_helpers.bench import results
 from glmtrt_helpers.bench.phases import Phase
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.processes import GLMTRT, measure
 
@@ -17,6 +18,7 @@ _OUTPUTS: dict[str, list[str]] = {
     Phase.EXPORT: ["model.fp16.onnx"],
     Phase.BUILD: ["model.fp16.plan", "model.fp16.plan.json"],
 }
+_RUN_CODE = (Phase.INPUTS, Phase.EXPORT, Phase.VERIFY)
 _CONVERT = "import sys; from glmtrt_helpers.checkpoints import shards; shards.to_safetensors(sys.argv[1])"
 
 
@@ -46,6 +48,9 @@ def measure_memory(
     rows = []
     for phase, command in commands:
         progress(phase)
+        if phase in _RUN_CODE:  # in a process whose standard error is not shown
+            announce(checkpoint.code)
+            announce(checkpoint.pristine_code)
         replaced = [directory / name for name in _OUTPUTS.get(phase, [])]
         before = sum(file.stat().st_blocks * 512 for file in replaced if file.exists())
         usage = measure(command, directory)

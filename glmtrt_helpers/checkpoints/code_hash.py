@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,13 +12,35 @@ from typing import Any
 
 from glmtrt_helpers.core.errors import WorkbookError
 
+CODE_NAME = "modeling_chatglm.py"
 _announced: set[str] = set()
 _LOCAL_CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")  # module.Class
 
 
-def code_sha256(path: Path) -> str:
-    """SHA-256 of a source file; `announce` prints how it begins."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def code_files(directory: Path) -> list[Path]:
+    """Every Python source that remote code in `directory` can import from there, packages in it included."""
+    found = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if name.isidentifier() and name != "__pycache__"]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+def code_sha256(source: Path) -> str:
+    """SHA-256 of a model's source and of all code beside it that it can import; `announce` prints how it begins.
+
+    source: `modeling_chatglm.py`, or what runs in its place, such as the `.orig` that patching keeps. Hashed are name,
+    size and bytes of each file, in the order of the names.
+    """
+    main = source.with_name(CODE_NAME)
+    digest = hashlib.sha256()
+    for file in sorted({main, *code_files(source.parent)}):
+        content = (source if file == main else file).read_bytes()
+        digest.update(
+            f"{file.relative_to(source.parent).as_posix()}\0{len(content)}\0".encode("utf-8", "surrogateescape")
+        )
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def announce(source: Path) -> None:

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import is_temporary, replacing
 
@@ -46,7 +47,8 @@ def make_working_copy(source: str | Path, runs: str | Path | None = None, *, ful
     if target == source:
         return source
     open_checkpoint(source)
-    files = sorted(path.name for path in source.iterdir() if path.is_file() and not is_temporary(path))
+    code = [file.relative_to(source).as_posix() for file in code_files(source)]
+    files = sorted({path.name for path in source.iterdir() if path.is_file() and not is_temporary(path)} | set(code))
     before = _claim(source, target, files)
     _write_marker(target, before | set(files))
     gone = before - set(files)
@@ -108,7 +110,7 @@ def _read_marker(target: Path) -> set[str]:
     """The mirrored names; a marker that somebody damaged names none, so nothing is removed."""
     try:
         names = json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]
-        return {name for name in names if Path(name).name == name}
+        return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
     except (ValueError, KeyError, TypeError):
         return set()
 

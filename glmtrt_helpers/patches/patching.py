@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker

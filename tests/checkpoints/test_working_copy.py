@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import SHARD, make_random, to_bin
 
 from glmtrt_helpers.checkpoints import shards, working_copy
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.working_copy import MARKER, hard_links_note, is_working_copy, make_working_copy
 from glmtrt_helpers.core.errors import WorkbookError
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import SHARD, make_random, refusal, to_bin
 
 from glmtrt_helpers.checkpoints import loading, shards
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.cli.commands import main
