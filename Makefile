@@ -48,7 +48,9 @@ lint: $(INSTALLED)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter trust notebooks/*.ipynb  # or JupyterLab hides the committed pictures until a cell is run
-	$(BIN)/jupyter lab notebooks
+	# glmtrt_helpers first: the kernels inherit what it sets to stay off the network
+	$(BIN)/python -c 'import glmtrt_helpers; from jupyterlab.labapp import main; main()' \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url=None notebooks
 
 screenshots: $(INSTALLED)
 	$(BIN)/glmtrt workbook --model $(MODEL) --output build/notebooks

@@ -8,12 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from glmtrt_helpers.bench import results
+from glmtrt_helpers.bench.phases import Phase
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.processes import GLMTRT, measure
 
-PHASES = ("inputs", "patch", "export", "build", "verify")  # each is a command of glmtrt that takes a working copy
-_OUTPUTS = {"export": ["model.fp16.onnx"], "build": ["model.fp16.plan", "model.fp16.plan.json"]}
+_OUTPUTS: dict[str, list[str]] = {
+    Phase.EXPORT: ["model.fp16.onnx"],
+    Phase.BUILD: ["model.fp16.plan", "model.fp16.plan.json"],
+}
+_RUN_CODE = (Phase.INPUTS, Phase.EXPORT, Phase.VERIFY)
 _CONVERT = "import sys; from glmtrt_helpers.checkpoints import shards; shards.to_safetensors(sys.argv[1])"
 
 
@@ -29,27 +34,32 @@ class PhaseMemory:
 
 
 def measure_memory(
-    directory: Path, phases: Sequence[str] = PHASES, progress: Callable[[str], None] = lambda phase: None
+    directory: Path, phases: Sequence[Phase] = tuple(Phase), progress: Callable[[str], None] = lambda phase: None
 ) -> list[PhaseMemory]:
-    """Run the phases in turn on a working copy and measure each. Outputs of earlier runs are deleted first.
+    """Run the phases in turn on a working copy and measure each. An earlier output stands until its new one is whole.
 
     `.bin` shards are converted first, as a phase of its own. Raises WorkbookError with the last line that a failing
     phase printed.
     """
     checkpoint = open_checkpoint(directory)
-    commands: list[tuple[str, list[str]]] = [(phase, [*GLMTRT, phase, str(directory)]) for phase in phases]
+    commands: list[tuple[str, list[str]]] = [(phase.value, [*GLMTRT, phase, str(directory)]) for phase in phases]
     if not checkpoint.is_safetensors:
         commands.insert(0, ("bin to safetensors", [sys.executable, "-c", _CONVERT, str(directory)]))
-    for name in (name for phase in phases for name in _OUTPUTS.get(phase, [])):
-        (directory / name).unlink(missing_ok=True)
     rows = []
     for phase, command in commands:
         progress(phase)
+        if phase in _RUN_CODE:  # in a process whose standard error is not shown
+            announce(checkpoint.code)
+            announce(checkpoint.pristine_code)
+        replaced = [directory / name for name in _OUTPUTS.get(phase, [])]
+        before = sum(file.stat().st_blocks * 512 for file in replaced if file.exists())
         usage = measure(command, directory)
         if usage.returncode != 0:
             lines = (usage.errors.strip() or usage.output.strip() or "it printed nothing").splitlines()
             raise WorkbookError(f"the phase {phase!r} failed: {lines[-1]}")
-        rows.append(PhaseMemory(phase, usage.seconds, usage.peak_anonymous, usage.peak_mapped, usage.added or 0))
+        rows.append(
+            PhaseMemory(phase, usage.seconds, usage.peak_anonymous, usage.peak_mapped, (usage.added or 0) + before)
+        )
     return rows
 
 

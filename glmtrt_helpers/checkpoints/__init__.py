@@ -6,12 +6,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checkpoint": ["Checkpoint", "open_checkpoint", "shares_vocabulary"],
-        "code_hash": ["announce", "code_sha256"],
+        "code_hash": ["announce", "check_auto_map", "code_sha256"],
         "config": ["expected_shapes", "read_config"],
         "loading": ["load_bounded", "load_model", "load_streamed", "read_tensors"],
         "remote_code": ["build_model", "import_remote_code"],
         "shards": ["locate_tensors", "to_safetensors"],
         "tokenizer": ["Tokenizer", "load_tokenizer"],
-        "working_copy": ["make_working_copy"],
+        "working_copy": ["hard_links_note", "make_working_copy"],
     },
 )

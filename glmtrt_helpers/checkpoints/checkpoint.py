@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from glmtrt_helpers.checkpoints import shards
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.config import RANDOM_KEY, expected_shapes, read_config
 from glmtrt_helpers.checkpoints.shards import StoredTensor
 from glmtrt_helpers.core.errors import WorkbookError
 
-CODE_NAME = "modeling_chatglm.py"
 BACKUP_NAME = CODE_NAME + ".orig"
 # With more bytes of weights than this, a laptop cannot hold the model in fp32: it is streamed or run in slices.
 LARGE_BYTES = 2_000_000_000

@@ -10,7 +10,6 @@ from safetensors import safe_open
 
 from glmtrt_helpers.checkpoints import remote_code, shards
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.precisions import PRECISIONS
 
@@ -34,7 +33,6 @@ def load_model(
     """
     dtype = dtype or torch.float32
     source = code or checkpoint.code
-    announce(source)
     model, _ = remote_code.build_model(checkpoint.directory, source, checkpoint.config, dtype)
     if not meta:
         names = [name for name, _ in model.named_parameters()]

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
 from glmtrt_helpers.core.errors import WorkbookError
 
 MODEL_CLASS = "ChatGLMForConditionalGeneration"
@@ -125,14 +126,19 @@ def _check_source(module: Any, source: Path, dtype: torch.dtype) -> None:
 
 
 def import_remote_code(directory: Path, source: Path) -> ModuleType:
-    """Import `source` as a module of a package whose other files lie in `directory`; leaves no bytecode there."""
-    package_name = f"glmtrt_remote_{abs(hash((str(directory.resolve()), source.read_bytes()))):x}"
+    """Import `source`, which lies in `directory`, as a module of a package of the other files there, and announce it.
+
+    Nothing but the sources that `code_sha256` covers is run, so bytecode is neither read nor left there.
+    """
+    package_name = f"glmtrt_remote_{abs(hash(str(directory.resolve()))):x}_{code_sha256(source)[:16]}"
     name = f"{package_name}.modeling_chatglm"
     if name in sys.modules:
         return sys.modules[name]
+    announce(source)
+    _read_sources_only(directory.resolve())
     package = ModuleType(package_name)
     package.__path__ = [str(directory.resolve())]
-    loader = importlib.machinery.SourceFileLoader(name, str(source.resolve()))
+    loader = _SourceLoader(name, str(directory.resolve() / source.name))
     spec = importlib.util.spec_from_loader(name, loader, origin=str(source))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -154,6 +160,29 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
         for sibling in {path.stem for path in directory.glob("*.py")} & (set(sys.modules) - before):
             del sys.modules[sibling]  # the next checkpoint has siblings of its own
     return module
+
+
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the source itself: bytecode beside it may be other code."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = Path(self.get_filename(fullname))
+        if path.parent.resolve() != path.parent:
+            raise ImportError(f"{path} lies outside the checkpoint's folder, behind a symbolic link")
+        return self.source_to_code(self.get_data(str(path)), str(path))
+
+
+def _read_sources_only(directory: Path) -> None:
+    """From now on modules in `directory` and below come from their sources only."""
+
+    def finder(folder: str) -> importlib.machinery.FileFinder:
+        if not Path(folder).is_relative_to(directory):
+            raise ImportError
+        return importlib.machinery.FileFinder(folder, (_SourceLoader, importlib.machinery.SOURCE_SUFFIXES))
+
+    sys.path_hooks.insert(0, finder)
+    for folder in [folder for folder in sys.path_importer_cache if Path(folder).is_relative_to(directory)]:
+        del sys.path_importer_cache[folder]
 
 
 def inv_freq(rotary: int) -> torch.Tensor:

@@ -2,72 +2,177 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.files import is_temporary, replacing
 
-# From this size on, files are linked instead of copied.
+# From this size on, files are cloned or linked instead of copied.
 LINK_BYTES = 64 * 2**20
+# In every working copy: the names of the files that it mirrors. A folder without it is somebody's own.
+MARKER = ".glmtrt-working-copy.json"
+_FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file until either is written to
 
 
-def make_working_copy(source: str | Path, runs: str | Path | None = None) -> Path:
+def working_copy_path(source: str | Path, runs: str | Path | None = None) -> Path:
+    """`run/NAME` beside a checkpoint, or the folder itself if it is a working copy. runs: another folder than `run`."""
+    source = _named(source)
+    if is_working_copy(source):
+        return source
+    return (Path(runs) if runs else source.parent / "run") / source.name
+
+
+def is_working_copy(directory: Path) -> bool:
+    return (directory / MARKER).is_file()
+
+
+def make_working_copy(source: str | Path, runs: str | Path | None = None, *, full: bool = False) -> Path:
     """Make or refresh `run/NAME` beside the checkpoint and return its path; the original is never written to.
 
-    Small files are copied, large ones hard-linked; symbolic links are resolved first. A source that was patched in the
-    copy stays patched, unless the checkpoint's own source has changed since. A working copy is returned as it is.
-    runs: another folder than `run`. Raises WorkbookError as `open_checkpoint` does, and where no hard link can be made.
+    Small files are copied; large ones share their blocks with the original where the file system can, and are hard
+    links elsewhere, unless `full` asks for copies. Symbolic links are resolved first. What has gone from the checkpoint
+    goes from the copy; what the later steps made there stays, also a patched source, unless the checkpoint's own source
+    has changed since. A working copy is returned as it is. runs: another folder than `run`.
+    Raises WorkbookError as `open_checkpoint` does, where no hard link can be made, and for a folder at that place that
+    is not a working copy.
     """
-    source = Path(source)
-    target = Path(runs) / source.name if runs else source.parent / "run" / source.name
-    if source.resolve().parent.name == "run":
+    source, target = _named(source), working_copy_path(source, runs)
+    if target == source:
         return source
     open_checkpoint(source)
-    target.mkdir(parents=True, exist_ok=True)
-    files = sorted(path for path in source.iterdir() if path.is_file())
-    if any(file.suffix == ".bin" and not _is_current(file.resolve(), target / file.name) for file in files):
-        _forget_streamed(source, target)
-    for file in files:
-        real, copy = file.resolve(), target / file.name
-        if real.stat().st_size >= LINK_BYTES:
-            _link(real, copy)
-        elif file.name == CODE_NAME and (target / BACKUP_NAME).exists():
-            if (target / BACKUP_NAME).read_bytes() != real.read_bytes():
-                (target / BACKUP_NAME).unlink()
-                _copy(real, copy)
-        elif not copy.exists() or copy.read_bytes() != real.read_bytes():
-            _copy(real, copy)
+    code = [file.relative_to(source).as_posix() for file in code_files(source)]
+    files = sorted({path.name for path in source.iterdir() if path.is_file() and not is_temporary(path)} | set(code))
+    before = _claim(source, target, files)
+    _write_marker(target, before | set(files))
+    gone = before - set(files)
+    stale = [name for name in files if name.endswith(".bin") and not _is_current(source / name, target / name)]
+    if stale or any(name.endswith(".bin") for name in gone):
+        _forget_streamed(target, files)
+    for name in sorted(gone, key=lambda name: not name.endswith(".index.json")):  # an index before its shards
+        (target / name).unlink(missing_ok=True)
+    for name in files:
+        _refresh(source / name, target / name, full)
+    _write_marker(target, set(files))
     return target
 
 
-def _is_current(real: Path, copy: Path) -> bool:
-    if not copy.exists() or copy.samefile(real):
-        return copy.exists()
-    return real.stat().st_size < LINK_BYTES and copy.read_bytes() == real.read_bytes()
+def hard_links_note(checkpoint: Checkpoint) -> str:
+    """What to know of shards that have another hard link, empty if none has: the onnx package does not open them."""
+    linked = sorted({tensor.file for tensor in checkpoint.tensors.values() if tensor.file.stat().st_nlink > 1})
+    if not linked:
+        return ""
+    return (
+        f'{linked[0]} is a hard link, for which tools built on the onnx package refuse the export ("multiple hard '
+        'links"): ONNX Runtime and TensorRT read it; for the others make the working copy with `glmtrt copy --full`, '
+        f"which takes {checkpoint.weight_bytes / 1e9:.1f} GB, or read the graph alone with "
+        "onnx.load(path, load_external_data=False)."
+    )
 
 
-def _forget_streamed(source: Path, target: Path) -> None:
+def _named(source: str | Path) -> Path:
+    """The path as it was given, unless it has no name of its own, as `.` and `..` have none."""
+    source = Path(source)
+    return source.resolve() if source.name in ("", "..") else source
+
+
+def _claim(source: Path, target: Path, files: Collection[str]) -> set[str]:
+    """Make the folder and return the names that it mirrors. Raises WorkbookError for a folder of somebody else's.
+
+    Working copies had no marker once: a folder that holds the whole checkpoint unchanged, apart from patches and with
+    large files linked, is taken for one, and any other must be moved away by hand.
+    """
+    if source.resolve() in target.resolve().parents:
+        raise WorkbookError(f"{source}: its working copy would lie inside it, in {target}: rename the checkpoint.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise WorkbookError(f"{target} cannot be a folder, a file is in its way: move the file away.") from None
+    if is_working_copy(target):
+        return _read_marker(target)
+    if all(is_temporary(path) for path in target.iterdir()):
+        return set()
+    if all(_is_current(source / name, target / name) for name in files):
+        return set(files)
+    raise WorkbookError(
+        f"{target} holds files and no {MARKER}, so it is not a working copy of `glmtrt copy`, or an old one of another "
+        "state of the checkpoint: move it away, or delete it if you do not need it."
+    )
+
+
+def _read_marker(target: Path) -> set[str]:
+    """The mirrored names; a marker that somebody damaged names none, so nothing is removed."""
+    try:
+        names = json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]
+        return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
+    except (ValueError, KeyError, TypeError):
+        return set()
+
+
+def _write_marker(target: Path, names: Collection[str]) -> None:
+    text = json.dumps({"files": sorted(names)}, indent=1, ensure_ascii=False) + "\n"
+    if not is_working_copy(target) or (target / MARKER).read_bytes() != text.encode():
+        with replacing(target / MARKER) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _is_current(file: Path, copy: Path) -> bool:
+    """Whether a copy holds its file's bytes; those of large files are not read."""
+    if file.name == CODE_NAME and copy.with_name(BACKUP_NAME).exists():
+        copy = copy.with_name(BACKUP_NAME)
+    if not copy.exists():
+        return False
+    one, other = file.stat(), copy.stat()
+    if one.st_size != other.st_size or one.st_size < LINK_BYTES:
+        return one.st_size == other.st_size and file.read_bytes() == copy.read_bytes()
+    return copy.samefile(file) or one.st_mtime_ns == other.st_mtime_ns
+
+
+def _forget_streamed(target: Path, files: Collection[str]) -> None:
     """Remove the shards that were made of older `.bin` ones; the index first, which says that they are there."""
     for file in sorted(target.glob("model*.safetensors*"), reverse=True):
-        if not (source / file.name).exists():
+        if file.name not in files:
             file.unlink()
 
 
-def _copy(file: Path, copy: Path) -> None:
-    with replacing(copy) as temporary:
-        shutil.copyfile(file, temporary)
-
-
-def _link(file: Path, copy: Path) -> None:
-    if copy.exists() and copy.samefile(file):
+def _refresh(file: Path, copy: Path, full: bool) -> None:
+    linked = copy.exists() and copy.samefile(file)
+    if not linked and _is_current(file, copy):
         return
-    copy.unlink(missing_ok=True)
+    if file.name == CODE_NAME:
+        copy.with_name(BACKUP_NAME).unlink(missing_ok=True)
+    real = file.resolve()
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(copy) as temporary:
+        if real.stat().st_size < LINK_BYTES or full:
+            shutil.copyfile(real, temporary)
+        elif not _clone(real, temporary):
+            return _link(real, temporary, copy)
+        os.utime(temporary, ns=(real.stat().st_atime_ns, real.stat().st_mtime_ns))
+
+
+def _clone(file: Path, copy: Path) -> bool:
+    """Share the blocks of a file, as `cp --reflink` does; False where the file system cannot."""
+    with file.open("rb") as source, copy.open("wb") as target:
+        try:
+            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+            return True
+        except OSError:
+            return False
+
+
+def _link(file: Path, temporary: Path, copy: Path) -> None:
     try:
-        copy.hardlink_to(file)
+        temporary.unlink(missing_ok=True)
+        temporary.hardlink_to(file)
     except OSError as error:
         raise WorkbookError(
             f"{copy} cannot be a hard link to {file} ({error.strerror}): keep the checkpoint and its working "
-            "copy on one file system, for instance by moving the checkpoint into models/."
+            "copy on one file system, for instance by moving the checkpoint into models/, or use `glmtrt copy --full`."
         ) from None

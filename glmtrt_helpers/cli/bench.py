@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from glmtrt_helpers.bench.phases import Phase
 from glmtrt_helpers.core.progress import say
 
 
@@ -79,16 +80,16 @@ def speed(
 def memory(
     directory: Directory,
     output: Annotated[Path | None, typer.Option(help="save the measurement as JSON")] = None,
-    phase: Annotated[list[str] | None, typer.Option(help="inputs, patch, export, build or verify; repeatable")] = None,
+    phase: Annotated[list[Phase] | None, typer.Option(help="only this one; repeatable")] = None,
 ) -> None:
     """Measure memory, seconds and disk of each step.
 
-    Each step runs in a process of its own; outputs of earlier runs are deleted first.
+    Each step runs in a process of its own.
     """
     from glmtrt_helpers.bench import memory
     from glmtrt_helpers.core.display import print_table
 
-    rows = memory.measure_memory(directory, phase or memory.PHASES, say)
+    rows = memory.measure_memory(directory, phase or tuple(Phase), say)
     columns = ["phase", "seconds", "peak anonymous, GB", "peak file-backed, GB", "added on disk, MB"]
     sizes = [(row.peak_anonymous / 1e9, row.peak_mapped / 1e9, row.added / 1e6) for row in rows]
     print_table(columns, [(row.phase, row.seconds, *size) for row, size in zip(rows, sizes, strict=True)])

@@ -84,20 +84,29 @@ def standin(
 
 
 @app.command()
-def copy(source: Annotated[Path, typer.Argument(help="a checkpoint")] = Path("models/chatglm_tiny")) -> None:
+def copy(
+    source: Annotated[Path, typer.Argument(help="a checkpoint")] = Path("models/chatglm_tiny"),
+    full: Annotated[bool, typer.Option("--full", help="copy the shards, too, instead of linking them")] = False,
+) -> None:
     """Make or refresh the working copy of a checkpoint.
 
     It is models/run/NAME; every later step reads and writes there.
     """
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-    from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+    from glmtrt_helpers.checkpoints.working_copy import hard_links_note, make_working_copy
     from glmtrt_helpers.core.display import print_table
 
-    target = make_working_copy(source)
+    target = make_working_copy(source, full=full)
     opened = open_checkpoint(target)
     columns = ["working copy", "layers", "hidden", "tensors", "bytes of weights"]
     row = (str(target), opened.num_layers, opened.hidden_size, len(opened.tensors), opened.weight_bytes)
     print_table(columns, [row])
+    _say_note(hard_links_note(opened))
+
+
+def _say_note(note: str) -> None:
+    if note:
+        print(note, file=sys.stderr)
 
 
 @app.command()
@@ -155,10 +164,14 @@ def patch(
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.patches import patching
 
+    if check and restore:
+        raise typer.BadParameter("--check changes nothing and --restore does: choose one of them.")
     if restore:
-        print(f"{patching.restore_checkpoint(directory)} is the original again.")
+        edited = patching.restore_checkpoint(directory)
+        print(f"{directory / 'modeling_chatglm.py'} is the original again.")
+        _say_note(f"It had been changed by hand; that file is kept as {edited}." if edited else "")
         return
-    before = patching.check_checkpoint(directory)
+    before = patching.try_patching(directory)
     if not check:
         patching.patch_checkpoint(directory)
     now = patching.check_checkpoint(directory)
@@ -185,6 +198,7 @@ def export(
     The weights stay where they are: the graph refers to the bytes in the checkpoint's shards.
     """
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.checkpoints.working_copy import hard_links_note
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.export import exporting
     from glmtrt_helpers.fast.decoder import export_fast
@@ -198,6 +212,7 @@ def export(
     print_table(
         columns, [(str(w.path), w.file_bytes, w.referred_bytes, sum(w.nodes.values()), w.seconds) for w in written]
     )
+    _say_note(hard_links_note(open_checkpoint(directory)))
 
 
 @app.command()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     The name holds the process id, so two processes never share a file; those of killed processes are removed here.
     Raises WorkbookError where the disk is full.
     """
-    _remove_stale(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_stale(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -38,8 +39,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_stale(path: Path) -> None:
+def is_temporary(path: Path) -> bool:
+    """Whether the file is one that `replacing` writes, now or in a process that was killed."""
+    return bool(_TEMPORARY.fullmatch(path.name))
+
+
+def temporary_path(path: Path) -> Path:
+    """The name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what killed processes left under temporary names of `path`, files and folders."""
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         match = _TEMPORARY.fullmatch(stale.name)
         if match and not psutil.pid_exists(int(match["pid"])):
-            stale.unlink(missing_ok=True)
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)

@@ -9,13 +9,15 @@ later families share class names but not these statements, and are refused.
 
 import contextlib
 import difflib
+import itertools
 import json
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
@@ -118,12 +120,7 @@ def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None)
     """
     path, source = _read(directory)
     backup = path.with_name(BACKUP_NAME)
-    max_length = _max_length(path.with_name("config.json"))
-    with _naming(path):
-        blockers = find_blockers(source)
-        patched = patch_source(source, max_length, only)
-    if backup.exists():
-        _check_backup(backup, source, max_length, [name for name in blockers if blockers[name].state == PATCHED])
+    blockers, patched = _dry_run(path, source, only)
     if patched != source:
         if not backup.exists():
             _write(backup, source, like=path)
@@ -138,14 +135,70 @@ def check_checkpoint(directory: str | Path) -> dict[str, Blocker]:
         return find_blockers(source)
 
 
-def restore_checkpoint(directory: str | Path) -> Path:
-    """Put the unpatched source back, byte for byte, and remove the backup; returns the source's path."""
+def try_patching(directory: str | Path) -> dict[str, Blocker]:
+    """`check_checkpoint`, but raises what `patch_checkpoint` would raise; changes nothing, either."""
+    path, source = _read(directory)
+    return _dry_run(path, source, None)[0]
+
+
+def _dry_run(path: Path, source: str, only: Collection[str] | None) -> tuple[dict[str, Blocker], str]:
+    """The blockers of a source and what patching makes of it."""
+    max_length = _max_length(path.with_name("config.json"))
+    with _naming(path):
+        blockers = find_blockers(source)
+        patched = patch_source(source, max_length, only)
+    backup = path.with_name(BACKUP_NAME)
+    if backup.exists() and not _is_backup(backup, source, max_length):
+        raise WorkbookError(
+            f"{backup} is not the original of {CODE_NAME}, which was replaced or changed by hand: remove "
+            f"{backup.name} to keep the file as it is, or run `glmtrt patch {path.parent} --restore`."
+        )
+    return blockers, patched
+
+
+def restore_checkpoint(directory: str | Path) -> Path | None:
+    """Put the unpatched source back, byte for byte, and remove the backup.
+
+    A patched source that was changed by hand is kept beside it as `.edited`, whose path is returned.
+    Raises WorkbookError without a backup, and where the source has none of its patches: then it is another source, such
+    as a newer revision, and stays.
+    """
     path = Path(directory) / CODE_NAME
     backup = path.with_name(BACKUP_NAME)
     if not backup.exists():
         raise WorkbookError(f"{backup} is missing: nothing was patched here, so there is nothing to restore.")
+    edited = None
+    if path.exists() and not _is_ours(path, backup):
+        edited = _free_name(path.with_name(f"{CODE_NAME}.edited"))
+        with replacing(edited) as temporary:
+            shutil.copy(path, temporary)
     backup.replace(path)
-    return path
+    return edited
+
+
+def _is_ours(path: Path, backup: Path) -> bool:
+    """Whether the source is its backup, patched; False for a hand edit. Raises WorkbookError for another source."""
+    if path.read_bytes() == backup.read_bytes():
+        return True
+    try:
+        source = _decode(path)
+        blockers = find_blockers(source)
+        if _is_backup(backup, source, _max_length(path.with_name("config.json"))):
+            return True
+    except WorkbookError:
+        return False  # an edit that can no longer be read, or a configuration: nothing says that it is ours
+    if all(blocker.state != PATCHED for blocker in blockers.values()):
+        raise WorkbookError(
+            f"{path} has no patch to undo and {backup.name} holds another source: it was replaced, perhaps by a newer "
+            f"revision, and stays; remove {backup.name} to patch it, or rename that to {CODE_NAME} to go back."
+        )
+    return False
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number where there is such a file."""
+    names = (path if number == 1 else path.with_name(f"{path.name}{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _read(directory: str | Path) -> tuple[Path, str]:
@@ -172,15 +225,11 @@ def _max_length(config: Path) -> int:
     return length
 
 
-def _check_backup(backup: Path, source: str, max_length: int, done: list[str]) -> None:
-    """The backup must be the source before its patches, or restoring would bring back another file."""
+def _is_backup(backup: Path, source: str, max_length: int) -> bool:
+    """Whether the backup is the source before its patches; if not, restoring would bring back another file."""
+    done = [name for name, blocker in find_blockers(source).items() if blocker.state == PATCHED]
     with _naming(backup):
-        same = patch_source(_decode(backup), max_length, done) == source
-    if not same:
-        raise WorkbookError(
-            f"{backup} is not the original of {CODE_NAME}, which was replaced or changed by hand: restore the "
-            f"checkpoint, or remove {backup.name} to keep the changed file."
-        )
+        return patch_source(_decode(backup), max_length, done) == source
 
 
 @contextlib.contextmanager

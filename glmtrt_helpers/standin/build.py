@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,15 @@ from sentencepiece import sentencepiece_model_pb2
 from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.checkpoints.remote_code import inv_freq
 from glmtrt_helpers.checkpoints.tokenizer import SPECIAL_TOKENS, complete_model
+from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.files import is_temporary, remove_stale, temporary_path
 
 TEMPLATE = Path(__file__).parent / "template"
+NAME_PREFIX = "glmtrt-workbook/"  # of `_name_or_path` in the configuration of every checkpoint that is written here
+_FILES = re.compile(
+    r"(configuration|modeling|tokenization)_chatglm\.py|quantization\.py|ice_text\.model|(tokenizer_)?config\.json"
+    r"|model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
 
 
 def make_config(pieces: int, **sizes: int) -> dict[str, Any]:
@@ -26,7 +36,7 @@ def make_config(pieces: int, **sizes: int) -> dict[str, Any]:
     complete = pieces + len(SPECIAL_TOKENS) + 80 + 256
     ids = {token: pieces + index for index, token in enumerate(SPECIAL_TOKENS)}
     return {
-        "_name_or_path": "glmtrt-workbook/chatglm-standin",
+        "_name_or_path": f"{NAME_PREFIX}chatglm-standin",
         "architectures": ["ChatGLMModel"],
         "auto_map": {
             "AutoConfig": "configuration_chatglm.ChatGLMConfig",
@@ -56,6 +66,60 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
         noise = torch.randn(shape, generator=generator) * (0.05 if len(shape) == 2 else 0.02)
         weights[name] = (noise + 1.0 if "layernorm.weight" in name else noise).half()
     return weights
+
+
+@contextmanager
+def new_checkpoint(directory: Path) -> Iterator[Path]:
+    """Yield a folder inside `directory` to write a checkpoint to; its files take their places when the block ends.
+
+    A former stand-in is replaced, and stands as it was if the block fails. Raises WorkbookError for a folder that holds
+    anything else.
+    """
+    directory = directory.resolve()
+    existed = directory.exists()
+    _check_replaceable(directory)
+    staging = temporary_path(directory / "standin")
+    remove_stale(directory / "standin")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        _move(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _check_replaceable(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise WorkbookError(f"{directory} is a file: give a new folder for the checkpoint.")
+    present = [path.name for path in directory.iterdir() if not is_temporary(path)]
+    try:
+        name = str(json.loads((directory / "config.json").read_text(encoding="utf-8"))["_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = ""
+    others = [each for each in present if not _FILES.fullmatch(each)]
+    if present and (others or not name.startswith(NAME_PREFIX)):
+        raise WorkbookError(
+            f"{directory} holds {min(others) if others else 'a checkpoint'}, which `glmtrt standin` did not write: "
+            "give a new folder, or empty this one."
+        )
+
+
+def _move(staging: Path, directory: Path) -> None:
+    """Replace the files of a former checkpoint. Its indexes go first: without one a half-replaced one is refused."""
+    new = sorted(staging.iterdir(), key=lambda path: path.name.endswith(".index.json"))
+    old = [path for path in directory.iterdir() if _FILES.fullmatch(path.name) and path.name != "config.json"]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        for path in sorted(old, key=lambda path: not path.name.endswith(".index.json")):
+            path.unlink()
+        for path in new:
+            path.replace(directory / path.name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def write_checkpoint(

@@ -74,7 +74,8 @@ def write_random(
 
     weights: "safetensors", or "bin" for archives as in the download. progress: called with bytes written and total.
     Each tensor is drawn directly into the memory-mapped file, from a generator of its own, so memory depends neither on
-    the size nor on the number of threads. Raises WorkbookError for an unknown size or format, and for a full disk.
+    the size nor on the number of threads. A former stand-in is replaced when the new one is whole.
+    Raises WorkbookError for an unknown size or format, a folder that holds something else, and a full disk.
     """
     if size not in SIZES:
         raise WorkbookError(f"there is no size {size!r}: choose tiny, {' or '.join(SIZES)}.")
@@ -82,20 +83,23 @@ def write_random(
         raise WorkbookError(f"there is no format {weights!r}: choose {' or '.join(FORMATS)}.")
     fields = dict(SIZES[size])
     pieces = fields.pop("pieces")
-    config = build.make_config(pieces, **fields) | {"_name_or_path": f"glmtrt-workbook/random-{size}", RANDOM_KEY: True}
+    config = build.make_config(pieces, **fields) | {
+        "_name_or_path": f"{build.NAME_PREFIX}random-{size}",
+        RANDOM_KEY: True,
+    }
     shapes = build.stored_shapes(config)
     total = sum(2 * math.prod(shape) for shape in shapes.values())
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
-    if free < total + _SMALL_FILES:
-        raise WorkbookError(
-            f"{directory} needs {total / 1e9:.1f} GB and has {free / 1e9:.1f}: free some, or take another disk."
-        )
-    build.write_files(directory, config, filled_tokenizer(pieces))
-    weight_map = _write_shards(directory, FORMATS[weights][0], shapes, seed, _Meter(total, progress))
-    with replacing(directory / FORMATS[weights][1]) as temporary:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with build.new_checkpoint(directory) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < total + _SMALL_FILES:
+            raise WorkbookError(
+                f"{directory} needs {total / 1e9:.1f} GB and has {free / 1e9:.1f}: free some, or take another disk."
+            )
+        build.write_files(folder, config, filled_tokenizer(pieces))
+        weight_map = _write_shards(folder, FORMATS[weights][0], shapes, seed, _Meter(total, progress))
+        with replacing(folder / FORMATS[weights][1]) as temporary:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return directory
 
 

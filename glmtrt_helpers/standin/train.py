@@ -152,9 +152,17 @@ def build_standin(
 ) -> dict[str, float]:
     """Train a stand-in on `examples` (the whole corpus by default) and write it to `directory`.
 
-    Returns the lowest margins {"fp32": ..., "fp16": ...}. Raises WorkbookError if they do not exceed `MARGIN`.
+    Returns the lowest margins {"fp32": ..., "fp16": ...}. A former stand-in is replaced when the new one is whole.
+    Raises WorkbookError if they do not exceed `MARGIN`, and for a folder that holds something else.
     """
     examples = load_corpus() if examples is None else examples
+    with build.new_checkpoint(directory) as folder:
+        return _train(folder, examples, pieces, max_epochs, seed, sizes)
+
+
+def _train(
+    directory: Path, examples: Sequence[Example], pieces: int, max_epochs: int, seed: int, sizes: dict[str, int]
+) -> dict[str, float]:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(examples, pieces)
     config = build.make_config(len(tokenizer.pieces), **(_SIZES | sizes))
@@ -176,8 +184,8 @@ def build_standin(
         margins[name] = lowest_margin(trained, checkpoint, sequences, dtype)
         if margins[name] <= MARGIN:
             raise WorkbookError(
-                f"{directory}: after training the lowest margin in {name} is {margins[name]:.2f}, it must exceed "
-                f"{MARGIN}: raise max_epochs."
+                f"after training the lowest margin in {name} is {margins[name]:.2f}, it must exceed "
+                f"{MARGIN}, so nothing is written: raise max_epochs."
             )
     return margins
 

@@ -10,6 +10,7 @@ from nbclient.exceptions import CellExecutionError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core import processes, tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
@@ -68,6 +69,7 @@ def run_all(model: str, output: Path) -> None:
         print(f"{model} holds random weights, for measuring: its answers mean nothing.")
     if not generate:
         print("Cells that generate text show saved results, each marked: without a GPU an answer would take minutes.")
+    announce(checkpoint.code)
     paths = notebooks()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         for number, path in enumerate(paths, 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from glmtrt_helpers.checkpoints.working_copy import make_working_copy
+from glmtrt_helpers.checkpoints.working_copy import is_working_copy, make_working_copy, working_copy_path
 from glmtrt_helpers.core import display
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.builder import build_engine
@@ -47,9 +47,11 @@ def start(*, create: bool = False) -> Checkpoint:
     source = Path(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
     if create:
         return open_checkpoint(make_working_copy(source))
-    copy = source if source.parent.name == "run" else source.parent / "run" / source.name
-    if not copy.is_dir():
-        raise WorkbookError(f"{copy} is missing: run notebook 00_start_here or `glmtrt copy {source}` first.")
+    copy = working_copy_path(source)
+    if not is_working_copy(copy):
+        raise WorkbookError(
+            f"{copy} is missing or no working copy: run notebook 00_start_here or `glmtrt copy {source}` first."
+        )
     return open_checkpoint(copy)
 
 

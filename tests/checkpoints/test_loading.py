@@ -1,6 +1,5 @@
 """The model of a checkpoint: whole, on the meta device, or streamed with one part in memory at a time."""
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from support.checkpoints import to_bin
 from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import code_sha256
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.sessions.pytorch import TorchSession
 
@@ -20,7 +20,7 @@ def test_load_announces_the_code_and_its_hash(tiny_random: Path, capsys: pytest.
     checkpoint = open_checkpoint(tiny_random)
     checkpoint.code.write_text(checkpoint.code.read_text() + "\n# another revision\n")
     loading.load_model(checkpoint, meta=True)
-    sha256 = hashlib.sha256(checkpoint.code.read_bytes()).hexdigest()
+    sha256 = code_sha256(checkpoint.code)
     said = capsys.readouterr().err
     assert str(checkpoint.code) in said and sha256[:16] in said
 

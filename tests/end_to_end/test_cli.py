@@ -99,6 +99,20 @@ def test_patch_check_and_restore(glmtrt: InProcess, tiny_random: Path) -> None:
     assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
 
 
+def test_check_and_restore_together_are_refused_and_an_edit_is_told(tiny_random: Path) -> None:
+    code = tiny_random / "modeling_chatglm.py"
+    assert run_glmtrt("patch", tiny_random).returncode == 0
+    code.write_bytes(code.read_bytes() + b"# by hand\n")
+    edited = code.read_bytes()
+    done = run_glmtrt("patch", tiny_random, "--check", "--restore")
+    assert done.returncode == 2 and "choose one of them" in done.stderr and code.read_bytes() == edited
+    done = run_glmtrt("patch", tiny_random, "--check")
+    assert done.returncode == 1 and ".orig is not the original" in done.stderr and code.read_bytes() == edited
+    done = run_glmtrt("patch", tiny_random, "--restore")
+    assert done.returncode == 0 and f"kept as {code}.edited" in done.stderr
+    assert Path(f"{code}.edited").read_bytes() == edited
+
+
 @pytest.mark.slow
 def test_verify_beyond_tolerance_fails(walked: Path, tmp_path: Path) -> None:
     """A graph whose mask constant is -1 instead of -10000."""

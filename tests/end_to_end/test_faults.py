@@ -22,7 +22,8 @@ from support.checkpoints import SHARD, make_random, refusal, to_bin
 from support.command_line import InProcess
 
 from glmtrt_helpers.checkpoints import loading, shards
-from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, CODE_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.core.errors import WorkbookError

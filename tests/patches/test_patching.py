@@ -108,7 +108,7 @@ def test_patch_check_and_restore_a_checkpoint(tiny_random: Path) -> None:
     assert patching.patch_checkpoint(tiny_random) == []
     assert (code.read_bytes(), backup.read_bytes()) == (patched, pristine)
 
-    assert patching.restore_checkpoint(tiny_random) == code
+    assert patching.restore_checkpoint(tiny_random) is None
     assert code.read_bytes() == pristine and not backup.exists()
     with pytest.raises(WorkbookError, match=r"\.orig is missing: nothing was patched"):
         patching.restore_checkpoint(tiny_random)
@@ -144,6 +144,72 @@ def test_a_backup_of_another_source_is_neither_used_nor_overwritten(tiny_random:
     with pytest.raises(WorkbookError, match=r"\.orig is not the original of modeling_chatglm\.py"):
         patching.patch_checkpoint(tiny_random)
     assert (code.read_bytes(), backup.read_bytes()) == (newer, pristine)
+
+
+@pytest.mark.parametrize("edit", [b"# by hand\n", b"def broken(:\n", b"\xff"])
+def test_restoring_keeps_what_was_changed_by_hand(tiny_random: Path, edit: bytes) -> None:
+    code = tiny_random / "modeling_chatglm.py"
+    pristine, edited = code.read_bytes(), [code.with_name(f"{code.name}.edited{end}") for end in ("", "2")]
+    for expected in edited:
+        patching.patch_checkpoint(tiny_random)
+        changed = code.read_bytes() + edit
+        code.write_bytes(changed)
+        assert patching.restore_checkpoint(tiny_random) == expected
+        assert code.read_bytes() == pristine and expected.read_bytes() == changed
+    assert edited[0].exists() and not code.with_name(f"{code.name}.orig").exists()
+
+
+def test_restoring_half_a_patch_or_none_keeps_no_edit(tiny_random: Path) -> None:
+    code, backup = tiny_random / "modeling_chatglm.py", tiny_random / "modeling_chatglm.py.orig"
+    pristine = code.read_bytes()
+    backup.write_bytes(pristine)
+    assert patching.restore_checkpoint(tiny_random) is None
+    patching.patch_checkpoint(tiny_random, only=[ALL[1]])
+    assert patching.restore_checkpoint(tiny_random) is None
+    assert code.read_bytes() == pristine and not list(tiny_random.glob("*.edited*"))
+
+
+def test_an_old_backup_does_not_replace_a_newer_source(tiny_random: Path) -> None:
+    code, backup = tiny_random / "modeling_chatglm.py", tiny_random / "modeling_chatglm.py.orig"
+    pristine = code.read_bytes()
+    patching.patch_checkpoint(tiny_random)
+    newer = pristine + b"# a newer revision\n"
+    code.write_bytes(newer)
+    with pytest.raises(WorkbookError, match=r"no patch to undo .* newer revision, and stays; remove .*\.orig"):
+        patching.restore_checkpoint(tiny_random)
+    assert (code.read_bytes(), backup.read_bytes()) == (newer, pristine)
+    backup.unlink()
+    assert patching.patch_checkpoint(tiny_random) == ALL
+    patching.restore_checkpoint(tiny_random)
+    assert code.read_bytes() == newer
+
+
+@pytest.mark.parametrize("change", ["hand edit", "newer source", "absent", "other backup", "length", "none"])
+def test_check_and_patch_agree(tiny_random: Path, change: str) -> None:
+    code, backup = tiny_random / "modeling_chatglm.py", tiny_random / "modeling_chatglm.py.orig"
+    pristine = code.read_bytes()
+    if change == "absent":
+        code.write_text("import torch\n")
+    else:
+        patching.patch_checkpoint(tiny_random)
+    if change == "hand edit":
+        code.write_bytes(code.read_bytes() + b"# by hand\n")
+    elif change == "newer source":
+        code.write_bytes(pristine + b"# a newer revision\n")
+    elif change == "other backup":
+        backup.write_text("import torch\n")
+    elif change == "length":
+        config = json.loads((tiny_random / "config.json").read_text())
+        (tiny_random / "config.json").write_text(json.dumps(config | {"max_sequence_length": 512}))
+    before = {path.name: path.read_bytes() for path in tiny_random.iterdir()}
+    messages = []
+    for command in (patching.try_patching, patching.patch_checkpoint):
+        try:
+            command(tiny_random)
+        except WorkbookError as error:
+            messages.append(str(error))
+    assert len(messages) == (0 if change == "none" else 2) and len(set(messages)) <= 1, messages
+    assert {path.name: path.read_bytes() for path in tiny_random.iterdir()} == before
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import make_random
 
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint, shares_vocabulary
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.checkpoints.working_copy import MARKER
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.pytorch import TorchSession
-from glmtrt_helpers.standin import build, random_weights
+from glmtrt_helpers.standin import build, random_weights, train
 
 SMALL = {
     "pieces": 1400, "vocab_size": 2048, "num_layers": 3, "hidden_size": 128, "num_attention_heads": 2,
@@ -101,4 +103,56 @@ def test_unknown_sizes_and_formats_and_a_full_disk_are_refused(tmp_path: Path, m
     monkeypatch.setattr(random_weights, "_SMALL_FILES", 10**18)
     with pytest.raises(WorkbookError, match=r"needs .* GB and has"):
         random_weights.write_random(tmp_path / "a", "small")
-    assert not list((tmp_path / "a").iterdir())
+    assert not (tmp_path / "a").exists()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("other", ["notes.txt", "model.fp16.onnx", MARKER, "another model", "a file"])
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, other: str) -> None:
+    directory = tmp_path / "a"
+    if other == "a file":
+        directory.write_text("mine")
+    elif other == "another model":
+        make_random(directory)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"_name_or_path": "THUDM/chatglm-6b"}))
+    else:
+        random_weights.write_random(directory, "small")
+        (directory / other).write_text("mine")
+    before = files(tmp_path)
+    for write in (lambda: random_weights.write_random(directory, "small"), lambda: train.build_standin(directory)):
+        with pytest.raises(WorkbookError, match="give a new folder"):
+            write()
+    assert files(tmp_path) == before
+
+
+@pytest.mark.usefixtures("small")
+def test_a_former_standin_stands_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = random_weights.write_random(tmp_path / "a", "small", weights="bin")
+    before = files(directory)
+
+    def interrupted(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        random_weights.write_random(directory, "small", seed=1, progress=interrupted)
+    assert files(directory) == before
+    random_weights.write_random(directory, "small", seed=1)
+    assert files(directory) == files(random_weights.write_random(tmp_path / "b", "small", seed=1))
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    before = files(directory)
+    monkeypatch.setattr(train, "_fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.build_standin(directory, train.load_corpus()[:4], pieces=300)
+    assert files(directory) == before
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkbookError, match="give a new folder"):
+        random_weights.write_random(Path(), "small")

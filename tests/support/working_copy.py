@@ -4,12 +4,13 @@ import subprocess
 
 from support.checkpoints import ROOT
 
+from glmtrt_helpers.checkpoints.working_copy import MARKER
 from glmtrt_helpers.core.processes import GLMTRT
 
 SOURCE, COPY = "models/chatglm_tiny", "models/run/chatglm_tiny"
 # Number of a notebook, a file that it leaves in the working copy, and the command that makes the same.
 STEPS = [
-    ("00", "config.json", ["copy", SOURCE]),
+    ("00", MARKER, ["copy", SOURCE]),
     ("01", "inputs.json", ["inputs", COPY]),
     ("02", "modeling_chatglm.py.orig", ["patch", COPY]),
     ("03", "model.fp16.onnx", ["export", COPY]),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.checkpoints import make_random
 
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.standin import train
@@ -32,3 +33,14 @@ def test_an_expected_failure_must_happen() -> None:
 def test_the_stand_in_learned_every_question_that_backends_are_compared_on() -> None:
     learned = {example.question for example in train.load_corpus() if not example.history}
     assert len(set(setup.QUESTIONS)) == 10 and set(setup.QUESTIONS) <= learned
+
+
+def test_a_checkpoint_in_a_folder_called_run_is_not_taken_for_a_working_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_random(tmp_path / "run" / "chatglm_6b")
+    for source in ("chatglm_6b", "run/chatglm_6b"):
+        monkeypatch.setenv(setup.MODEL_VARIABLE, str(tmp_path / source))
+        with pytest.raises(WorkbookError, match="no working copy: run notebook 00_start_here"):
+            setup.start()
