@@ -26,26 +26,25 @@ def code_files(directory: Path) -> list[Path]:
     return sorted(found)
 
 
-def code_sha256(source: Path) -> str:
+def code_sha256(source: Path, directory: Path | None = None) -> str:
     """SHA-256 of a model's source and of all code beside it that it can import; `announce` prints how it begins.
 
-    source: `modeling_chatglm.py`, or what runs in its place, such as the `.orig` that patching keeps. Hashed are name,
-    size and bytes of each file, in the order of the names.
+    source: `modeling_chatglm.py`, or what runs in its place, such as the `.orig` that patching keeps. directory: of the
+    code that it imports, its own by default. Hashed are name, size and bytes of each file, in the order of the names.
     """
-    main = source.with_name(CODE_NAME)
+    directory = directory or source.parent
+    main = directory / CODE_NAME
     digest = hashlib.sha256()
-    for file in sorted({main, *code_files(source.parent)}):
+    for file in sorted({main, *code_files(directory)}):
         content = (source if file == main else file).read_bytes()
-        digest.update(
-            f"{file.relative_to(source.parent).as_posix()}\0{len(content)}\0".encode("utf-8", "surrogateescape")
-        )
+        digest.update(f"{file.relative_to(directory).as_posix()}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
         digest.update(content)
     return digest.hexdigest()
 
 
-def announce(source: Path) -> None:
+def announce(source: Path, directory: Path | None = None) -> None:
     """Print, once for each text, that remote code is about to run, where it is and what its hash is."""
-    sha256 = code_sha256(source)
+    sha256 = code_sha256(source, directory)
     if sha256 not in _announced:
         _announced.add(sha256)
         print(f"Running remote code from {source} (sha256 {sha256[:16]}...); nothing is downloaded.", file=sys.stderr)

@@ -126,19 +126,19 @@ def _check_source(module: Any, source: Path, dtype: torch.dtype) -> None:
 
 
 def import_remote_code(directory: Path, source: Path) -> ModuleType:
-    """Import `source`, which lies in `directory`, as a module of a package of the other files there, and announce it.
+    """Import `source` as a module of a package of the other files in `directory`, and announce it.
 
     Nothing but the sources that `code_sha256` covers is run, so bytecode is neither read nor left there.
     """
-    package_name = f"glmtrt_remote_{abs(hash(str(directory.resolve()))):x}_{code_sha256(source)[:16]}"
+    package_name = f"glmtrt_remote_{abs(hash(str(directory.resolve()))):x}_{code_sha256(source, directory)[:16]}"
     name = f"{package_name}.modeling_chatglm"
     if name in sys.modules:
         return sys.modules[name]
-    announce(source)
+    announce(source, directory)
     _read_sources_only(directory.resolve())
     package = ModuleType(package_name)
     package.__path__ = [str(directory.resolve())]
-    loader = _SourceLoader(name, str(directory.resolve() / source.name))
+    loader = _SourceLoader(name, str(source.parent.resolve() / source.name))
     spec = importlib.util.spec_from_loader(name, loader, origin=str(source))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)

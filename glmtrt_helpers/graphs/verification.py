@@ -4,6 +4,7 @@ The expected outputs come from `reference`, the errors allowed from `tolerances`
 begins to differ.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,10 @@ from glmtrt_helpers.sessions.onnxruntime import plain_session
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The worst tensor of one case: its largest error, its tolerance, and PyTorch's own fp16 error (None in fp32)."""
+    """The worst tensor of one case: its largest error, its tolerance, and PyTorch's own fp16 error (None in fp32).
+
+    undecided: PyTorch's own fp16 is not finite there, so there is nothing to compare with; such a case is not ok.
+    """
 
     case: Case
     tensor: str
@@ -38,6 +42,11 @@ class CaseResult:
     own_error: float | None
     ok: bool
     note: str = ""
+    undecided: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return "undecided" if self.undecided else "yes" if self.ok else "NO"
 
 
 @dataclass
@@ -70,7 +79,7 @@ class Verification:
             case, own = row.case, "" if row.own_error is None else f"{row.own_error:.1e}"
             shape = (str(case.batch), str(case.sequence), str(case.past))
             numbers = (*shape, f"{row.error:.1e}", f"{row.tolerance:.1e}", own)
-            table.add_row(case.name, *numbers, row.tensor, "yes" if row.ok else "NO")
+            table.add_row(case.name, *numbers, row.tensor, row.verdict)
         return table
 
 
@@ -151,5 +160,15 @@ def _compare(one: Reference, session: Session, dtype: str) -> CaseResult:
         own_error = one.own_errors.get(name)
         allowed = tolerance(dtype, scale, own_error)
         note = "" if error == error else "not finite"
-        rows.append(CaseResult(one.case, name, error, allowed, own_error, error <= allowed, note))
-    return max(rows, key=lambda row: row.error / row.tolerance if row.error == row.error else float("inf"))
+        undecided = own_error is not None and not math.isfinite(own_error)
+        if undecided:
+            note = "undecided: PyTorch's own fp16 is not finite here; compare the fp32 export (--dtype fp32)"
+        ok = error <= allowed and not undecided
+        rows.append(CaseResult(one.case, name, error, allowed, own_error, ok, note, undecided))
+    return max(rows, key=_badness)
+
+
+def _badness(row: CaseResult) -> tuple[bool, bool, float]:
+    """Orders tensors: those that fail, then undecided ones, then by how close they come to their tolerance."""
+    ratio = row.error / row.tolerance if row.error == row.error else float("inf")
+    return not row.ok and not row.undecided, row.undecided, ratio

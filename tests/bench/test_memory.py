@@ -8,6 +8,7 @@ import pytest
 from glmtrt_helpers.bench import memory
 from glmtrt_helpers.bench.phases import Phase
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import code_sha256
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.processes import GLMTRT
 from glmtrt_helpers.engines import plan_info
@@ -65,3 +66,14 @@ def test_only_a_measured_phase_is_run(tiny_random: Path, command: str) -> None:
     )
     assert done.returncode == 2 and "'verify'" in done.stderr
     assert {path.name: path.read_bytes() for path in tiny_random.iterdir()} == before
+
+
+def test_code_that_runs_in_other_processes_is_announced(tiny_random: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patching.patch_checkpoint(tiny_random)
+    memory.measure_memory(tiny_random, (Phase.PATCH,))
+    assert "Running remote code" not in capsys.readouterr().err
+    (tiny_random / "configuration_chatglm.py").write_text("raise ValueError\n")
+    with pytest.raises(WorkbookError, match="'inputs' failed"):
+        memory.measure_memory(tiny_random, (Phase.INPUTS,))
+    said, opened = capsys.readouterr().err, open_checkpoint(tiny_random)
+    assert code_sha256(opened.code)[:16] in said and code_sha256(opened.pristine_code)[:16] in said

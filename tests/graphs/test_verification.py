@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,9 +29,9 @@ from support.exporting import (
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.export import exporting
-from glmtrt_helpers.graphs import verification
+from glmtrt_helpers.graphs import reference, verification
 from glmtrt_helpers.graphs.layer_errors import compare_layers
-from glmtrt_helpers.graphs.reference import CASES, Case
+from glmtrt_helpers.graphs.reference import CASES, Case, Reference
 from glmtrt_helpers.graphs.verification import Verification
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
@@ -103,6 +104,27 @@ def test_nan_never_passes(checkpoint: Checkpoint, dtype: str) -> None:
     assert rows["chunk on a past"].ok
     padded = rows["left-padded prompts"]
     assert not padded.ok and padded.error != padded.error and padded.note == "not finite" and not result.ok
+
+
+@pytest.mark.parametrize("own", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_case_whose_own_fp16_is_not_finite_is_undecided(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, own: float, wrong: bool
+) -> None:
+    """Unless the graph is wrong where PyTorch's fp16 can tell."""
+
+    def overflowing(*arguments: Any, **options: Any) -> list[Reference]:
+        ready = reference.references(*arguments, **options)
+        return [replace(one, own_errors=one.own_errors | {"present.0.key": own}) for one in ready]
+
+    monkeypatch.setattr(verification, "references", overflowing)
+    plain = OrtSession(checkpoint.directory / "model.fp16.onnx")
+    change = nudge("logits", 100.0) if wrong else lambda outputs: None
+    result = verification.verify(checkpoint, "fp16", SHORT, session=Changed(plain, change))
+    row = result.rows[0]
+    assert not result.ok and not row.ok
+    assert (row.tensor, row.verdict) == (("logits", "NO") if wrong else ("present.0.key", "undecided"))
+    assert wrong or "undecided: PyTorch's own fp16 is not finite" in row.note
 
 
 def test_a_problem_of_the_graph_is_not_ok(checkpoint: Checkpoint) -> None:
