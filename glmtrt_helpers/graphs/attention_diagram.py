@@ -80,7 +80,7 @@ class Diagram:
 def draw_attention(model: onnx.ModelProto, layer: int) -> str:
     """SVG of one layer's attention. Raises WorkbookError for a layer that the graph does not have."""
     diagram = attention_diagram(model, layer)
-    return _svg(diagram, f"layer {layer}, attention: {diagram.nodes} nodes on data, {len(diagram.boxes)} boxes")
+    return _svg(diagram, f"layer {layer}, attention: {diagram.nodes} data nodes, drawn as {len(diagram.boxes)}")
 
 
 def attention_diagram(model: onnx.ModelProto, layer: int) -> Diagram:

@@ -56,7 +56,7 @@ def _ticks(errors: Sequence[LayerError]) -> tuple[list[int], list[str]]:
     """Positions and names of the ticks: every point if the names fit, else one point of each layer."""
     if len(errors) <= 40:
         return list(range(len(errors))), [error.name for error in errors]
-    selected = [i for i, error in enumerate(errors) if error.point.part in ("embeddings", "input_layernorm", "logits")]
+    selected = [i for i, error in enumerate(errors) if error.point.part in ("input_layernorm", "logits")]
     return selected, [errors[i].name.replace(" input_layernorm", "") for i in selected]
 
 
