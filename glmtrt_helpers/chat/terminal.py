@@ -6,6 +6,7 @@ import sys
 
 from glmtrt_helpers.chat.conversation import Chat, Reply
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.text import printable, tell
 
 PROMPT = "> "
 
@@ -37,7 +38,7 @@ def converse(chat: Chat) -> None:
         except KeyboardInterrupt:
             print("(stopped)", file=sys.stderr)
         except WorkbookError as error:
-            print(f"glmtrt: {error}", file=sys.stderr)
+            tell(f"glmtrt: {error}")
 
 
 def answer(chat: Chat, query: str) -> Reply:
@@ -45,7 +46,7 @@ def answer(chat: Chat, query: str) -> Reply:
     printed, reply = 0, None
     try:
         for reply in chat.stream(query):
-            print(reply.settled[printed:], end="", flush=True)
+            print(printable(reply.settled[printed:]), end="", flush=True)
             printed = max(printed, len(reply.settled))
     finally:
         if reply is not None:

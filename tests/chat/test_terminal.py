@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.scripted import Scripted
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.chat.conversation import Chat
 from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.chat.terminal import answer
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.standin import train
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import commands; commands.main()"]
@@ -158,3 +160,13 @@ def test_text_appears_before_the_last_token_is_computed(exported_standin: Path) 
     pieces = done.stdout.rstrip("\n").split("|")
     assert "".join(pieces) == ANSWERS["你好"] and sum(bool(piece) for piece in pieces) > 10, done.stderr
     assert pieces[0] == "" and any(pieces[:4]), "the first text comes with the first tokens"
+
+
+def test_an_answer_cannot_steer_the_terminal(tiny_random: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal sequence in bytes, one token each, so that no piece holds a whole one."""
+    checkpoint = open_checkpoint(tiny_random)
+    tokenizer = load_tokenizer(checkpoint)
+    script = [tokenizer._ids[f"<0x{byte:02X}>"] for byte in "a\x1b[2J\u202e你".encode()]
+    session = Scripted(checkpoint, [*script, tokenizer.eop_id])
+    answer(Chat(checkpoint, session, Sampling(greedy=True)), "a")
+    assert capsys.readouterr().out == r"a\x1b[2J\u202e你" + "\n"
