@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 
 from glmtrt_helpers.chat.conversation import Chat, Reply
@@ -13,6 +14,9 @@ PROMPT = "> "
 
 def use_utf8() -> None:
     """Read and write UTF-8 in any locale; an invalid byte becomes U+FFFD. Call it before the first read."""
+    # readline sets its own locale by this variable. In one that is not UTF-8, or not installed, it takes the bytes of
+    # a Chinese character for commands: one of them lists the files of the folder.
+    os.environ["LC_ALL"] = "C.UTF-8"
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -77,6 +77,9 @@ def test_text_is_never_markup(checkpoint: Checkpoint) -> None:
     panel.wait(30)
     assert "&lt;script&gt;" in panel.log.value and "<script>" not in panel.log.value
     assert r"\x1b[2J\u202e" in panel.log.value and not {"\x1b", "\u202e"} & set(panel.log.value)
+    panel.ask("\ud83d")
+    panel.wait(10)
+    assert "half a character" in panel.status.value
     panel._set_status("<i>\x1b")
     assert panel.status.value == r"&lt;i&gt;\x1b"
 

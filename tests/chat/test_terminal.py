@@ -82,10 +82,10 @@ def test_bad_input_is_one_line(exported_standin: Path, tmp_path: Path) -> None:
 class Terminal:
     """A program in a pseudo-terminal: what it printed, and a keyboard."""
 
-    def __init__(self, *command: str | Path):
+    def __init__(self, *command: str | Path, **environment: str):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.environ.update(TERM="xterm", LANG="C.UTF-8")
+            os.environ.update({"TERM": "xterm", "LANG": "C.UTF-8", **environment})
             os.execv(sys.executable, [*GLMTRT, *map(str, command)])
         self.output = ""
 
@@ -124,6 +124,19 @@ def test_chinese_is_typed_erased_and_answered(terminal: Terminal) -> None:
     terminal.expect(ANSWERS["你好"])
     terminal.expect("> ")
     terminal.type("\n")
+
+
+@pytest.mark.parametrize("locale", ["zh_CN.GBK", "xx_YY", "C"])
+def test_a_locale_that_is_not_utf8_or_not_installed_converses(exported_standin: Path, locale: str) -> None:
+    terminal = Terminal("chat", exported_standin, "--backend", "ort", "--greedy", LC_ALL=locale)
+    terminal.expect("> ")
+    terminal.type("你坏\x7f好\n")
+    terminal.expect("\n")
+    terminal.expect(ANSWERS["你好"])
+    terminal.expect("> ")
+    terminal.type("\n")
+    assert os.waitpid(terminal.pid, 0)[1] == 0
+    os.close(terminal.fd)
 
 
 @pytest.mark.slow

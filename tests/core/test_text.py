@@ -43,7 +43,7 @@ def test_tables_show_it_as_text(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_the_names_in_a_graph_are_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "250")
     name, shown = HOSTILE.replace("\udcff", ""), SHOWN.replace(r"\udcff", "")
     edges = [helper.make_tensor_value_info(edge, TensorProto.FLOAT, [name]) for edge in (name, "y")]
     graph = helper.make_graph([helper.make_node(name, [name], ["y"])], "graph", edges[:1], edges[1:])
