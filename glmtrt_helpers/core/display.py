@@ -68,7 +68,7 @@ def _png(figure: Figure) -> bytes:
 class _Plain(Console):
     """A console on which strings are text: no markup, no names of emoji, nothing that steers a terminal."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
 
 
