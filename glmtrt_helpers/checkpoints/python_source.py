@@ -90,14 +90,17 @@ class _HalfCasts(ast.NodeVisitor):
             self._half |= {alias.asname or alias.name for alias in node.names if alias.name in _HALF}
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        if self._is_half(node.value):
-            self._half |= {ast.unparse(target) for target in node.targets}
+        names = {ast.unparse(target) for target in node.targets}
+        self._half = self._half | names if self._is_half(node.value) else self._half - names
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.Lambda) -> None:
         outside, self._in_function = self._in_function, getattr(node, "name", "") not in _NOT_FORWARD
+        names = self._half
+        self._half = names - {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
         self.generic_visit(node)
         self._in_function = outside
+        self._half = names | {name for name in self._half if name.startswith("self.")}
 
     visit_Lambda = visit_FunctionDef
 

@@ -55,10 +55,13 @@ def test_names_from_an_import() -> None:
     [
         "# x.half()\ndef f(x):\n    '''Casts with .half().'''\n    return '.half()', x.type('half')  # x.half()\n",
         "class R:\n    def __init__(self):\n        self.inv_freq = torch.arange(2).half()\n",
-        "class M:\n    def get_prompt(self, tokens, dtype=torch.half):\n        return self.prefix_encoder(tokens).half()\n",
+        "class M:\n    def get_prompt(self, x, dtype=torch.half):\n        return self.prefix_encoder(x).half()\n",
         "def f(x, dtype=torch.half):\n    return x.to(dtype), x.to(torch.float32), x.type_as(x), x.to(x.half)\n",
         "def f(x):\n    return x.half() if x.dtype == torch.float16 else x.float()\n",
         "def f(x):\n    if torch.half == x.dtype:\n        x = x.half()\n    return x.to(half)\n",
+        "kind = torch.half\ndef f(x, kind):\n    return x.to(kind)\n",
+        "kind = torch.half\ndef f(x):\n    kind = x.dtype\n    return x.to(kind)\n",
+        "def f(x):\n    dtype = torch.half\n    return dtype\ndef g(x):\n    return x.to(dtype)\n",
         "scale = torch.ones(1).half()\ndef f(x):\n    return torch.zeros(1, dtype=torch.half), config.half\n",
     ],
 )
