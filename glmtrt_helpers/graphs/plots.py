@@ -70,7 +70,7 @@ def netron_view(onnx_path: str | Path, height: int = 600) -> Any:
     from IPython.display import IFrame
 
     class Offline(netron.server._HTTPRequestHandler):  # type: ignore[misc]
-        """Its page asks ipinfo.io for the country and reports to Google Analytics: both are taken out, and forbidden."""
+        """Its page asks ipinfo.io where it is and reports to Google Analytics: that is taken out, and forbidden."""
 
         def _write(self, status: int, kind: str | None, content: bytes | None) -> None:
             if kind == "text/javascript" and content:
