@@ -79,8 +79,8 @@ def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a GPU are skipped where there is none; what works in models/run does so one after the other.
 
-    Those are the notebooks and, after them, the browser: they share the stand-in's working copy, so one of pytest-xdist's
-    workers gets them all, and first, because they take longest.
+    Those are the notebooks and, after them, the browser: they share the stand-in's working copy, so one worker of
+    pytest-xdist gets them all, and first, because they take longest.
     """
     shared = [item for item in items if item.get_closest_marker("notebook") or item.get_closest_marker("browser")]
     for item in shared:
