@@ -12,7 +12,7 @@ from support.command_line import InProcess
 from glmtrt_helpers.checkpoints import code_hash
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
-from glmtrt_helpers.cli.commands import main
+from glmtrt_helpers.cli.boundary import main
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.patches import patching

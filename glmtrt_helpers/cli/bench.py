@@ -6,12 +6,13 @@ Each command imports what it needs itself, so that `glmtrt --help` starts quickl
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from glmtrt_helpers.bench.phases import Phase
+from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.progress import say
 from glmtrt_helpers.core.text import tell
 
@@ -32,13 +33,17 @@ Directory = Annotated[Path, typer.Argument(help="a working copy, models/run/NAME
 @app.command()
 def speed(
     directory: Directory,
-    dtype: Annotated[str, typer.Option(help="fp16 or fp32")] = "fp16",
+    dtype: Annotated[Literal["fp16", "fp32"], typer.Option()] = "fp16",
     output: Annotated[Path | None, typer.Option(help="save the measurement as JSON")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="measure only this one; repeatable")] = None,
-    past: Annotated[list[int] | None, typer.Option(help="tokens in the cache of a decode step; repeatable")] = None,
-    prompt: Annotated[list[int] | None, typer.Option(help="tokens of a prefill; repeatable")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="batch of a decode step at past 512; repeatable")] = None,
-    samples: Annotated[int, typer.Option(help="samples of each measurement")] = 30,
+    past: Annotated[
+        list[int] | None, typer.Option(min=1, help="tokens in the cache of a decode step; repeatable")
+    ] = None,
+    prompt: Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prefill; repeatable")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="batch of a decode step at past 512; repeatable")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="samples of each measurement")] = 30,
     batches: Annotated[Path | None, typer.Option(help="a working copy whose engines are built for batches")] = None,
     trace: Annotated[Path | None, typer.Option(help="also record the engines' kernels and save them as JSON")] = None,
 ) -> None:
@@ -49,8 +54,14 @@ def speed(
     from glmtrt_helpers.bench import results, speed
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.core.files import check_writable
 
     checkpoint = open_checkpoint(directory)
+    for tokens in (*(past or ()), *(prompt or ())):
+        if tokens >= checkpoint.max_length:
+            raise WorkbookError(f"{directory} has {checkpoint.max_length} positions: {tokens} tokens leave no room.")
+    for file in filter(None, (output, trace)):
+        check_writable(file)
     sizes = (past or (), prompt or (), batch or ())
     report = speed.measure(
         checkpoint,
@@ -89,7 +100,10 @@ def memory(
     """
     from glmtrt_helpers.bench import memory
     from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.core.files import check_writable
 
+    if output:
+        check_writable(output)
     rows = memory.measure_memory(directory, phase or tuple(Phase), say)
     columns = ["phase", "seconds", "peak anonymous, GB", "peak file-backed, GB", "added on disk, MB"]
     sizes = [(row.peak_anonymous / 1e9, row.peak_mapped / 1e9, row.added / 1e6) for row in rows]

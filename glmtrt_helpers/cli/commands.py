@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,26 +22,15 @@ app = typer.Typer(
 )
 app.add_typer(bench_commands.app, name="bench")
 Directory = Annotated[Path, typer.Argument(help="a checkpoint, usually its working copy models/run/NAME")]
-Dtype = Annotated[str, typer.Option(help="fp16 or fp32")]
-
-
-def main() -> None:
-    """Entry point: WorkbookError becomes one line and exit code 1."""
-    try:
-        app(standalone_mode=True)
-    except WorkbookError as error:
-        tell(f"glmtrt: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        tell("glmtrt: interrupted; no half-written file is left.")
-        sys.exit(130)
+Dtype = Annotated[Literal["fp16", "fp32"], typer.Option()]
+Seed = typer.Option(min=0, max=2**63 - 1, help="random seed, for the same numbers again")
 
 
 @app.command()
 def doctor(
     model: Annotated[Path | None, typer.Option(help="predict the GPU memory of an engine of this checkpoint")] = None,
-    batch: Annotated[int, typer.Option(help="with --model: conversations at once")] = 1,
-    length: Annotated[int, typer.Option(help="with --model: tokens of prompt and answer together")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="with --model: conversations at once")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="with --model: tokens of prompt and answer together")] = 2048,
     dtype: Dtype = "fp16",
 ) -> None:
     """Report this machine, and which parts of the workbook run on it."""
@@ -60,11 +49,13 @@ def doctor(
 @app.command()
 def standin(
     directory: Annotated[Path, typer.Argument(help="where to write the checkpoint")],
-    size: Annotated[str, typer.Option(help="tiny: trained; 300m or 6b: random weights, for measuring")] = "tiny",
+    size: Annotated[
+        Literal["tiny", "300m", "6b"], typer.Option(help="tiny: trained; 300m and 6b: random weights, for measuring")
+    ] = "tiny",
     weights: Annotated[
-        str, typer.Option("--format", help="format of random weights: safetensors or bin")
+        Literal["safetensors", "bin"], typer.Option("--format", help="format of random weights")
     ] = "safetensors",
-    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    seed: Annotated[int, Seed] = 0,
 ) -> None:
     """Train the stand-in, or write random weights of a larger size.
 
@@ -114,9 +105,9 @@ def _say_note(note: str) -> None:
 def inputs(
     directory: Directory,
     prompt: Annotated[str, typer.Option(help="the question to record")] = "你好",
-    max_new: Annotated[int, typer.Option(help="largest number of answer tokens")] = 32,
+    max_new: Annotated[int, typer.Option(min=1, help="largest number of answer tokens")] = 32,
     layers: Annotated[
-        int | None, typer.Option(help="run only the first LAYERS layers (default: 2 of a large checkpoint)")
+        int | None, typer.Option(min=1, help="run only the first LAYERS layers (default: 2 of a large checkpoint)")
     ] = None,
 ) -> None:
     """Record the inputs of forward during a chat, in inputs.json.
@@ -129,12 +120,14 @@ def inputs(
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
     from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
     from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.core.files import check_writable
     from glmtrt_helpers.inputs import recording
     from glmtrt_helpers.inputs.prompts import chat_prompt
     from glmtrt_helpers.sessions.decode_loop import greedy
     from glmtrt_helpers.sessions.pytorch import TorchSession
 
     checkpoint = open_checkpoint(directory)
+    check_writable(checkpoint.directory / recording.RECORD_NAME)
     tokenizer = load_tokenizer(checkpoint)
     ids = chat_prompt(tokenizer, prompt)
     part = checkpoint.first_layers(layers or (2 if checkpoint.is_large else checkpoint.num_layers))
@@ -190,8 +183,8 @@ def _lines(blocker: Any) -> str:
 def export(
     directory: Directory,
     dtype: Dtype = "fp16",
-    exporter: Annotated[str, typer.Option(help="dynamo or torchscript")] = "dynamo",
-    opset: Annotated[int, typer.Option(help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
+    exporter: Annotated[Literal["dynamo", "torchscript"], typer.Option()] = "dynamo",
+    opset: Annotated[int, typer.Option(min=17, max=24, help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
     fast: Annotated[bool, typer.Option("--fast", help="the parts of notebook 07's fast engine")] = False,
 ) -> None:
     """Export the patched model to ONNX.
@@ -250,6 +243,10 @@ def verify(
     from glmtrt_helpers.graphs.reference import CASES
 
     selected = [each for each in CASES if not case or any(part in each.name for part in case)]
+    for part in case or ():
+        if not part or not any(part in each.name for each in CASES):
+            names = ", ".join(each.name for each in CASES)
+            raise typer.BadParameter(f"{part!r} is part of no case's name: {names}.", param_hint="--case")
     result = verification.verify(open_checkpoint(directory), dtype, selected, progress=say)
     print_rich(result)
     for problem in result.problems:
@@ -269,7 +266,9 @@ def build(
     past: Annotated[
         str, typer.Option(help="tokens in the cache as min,opt,max (default: up to the model's length)")
     ] = "",
-    package: Annotated[str | None, typer.Option(help="tensorrt-rtx or tensorrt (default: what suits this GPU)")] = None,
+    package: Annotated[
+        Literal["tensorrt-rtx", "tensorrt"] | None, typer.Option(help="default: what suits this GPU")
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="tensorrt-rtx: only for this compute capability; repeatable")
     ] = None,
@@ -297,11 +296,11 @@ def build(
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.engines import plan_info
     from glmtrt_helpers.engines.builder import BuildOptions, build_engine
-    from glmtrt_helpers.engines.profiles import Range, chat_profiles
+    from glmtrt_helpers.engines.profiles import chat_profiles
 
     checkpoint = open_checkpoint(directory)
     texts = {"--batch": batch, "--prompt": prompt, "--past": past}
-    ranges = [Range.parse(text, what) if text else None for what, text in texts.items()]
+    ranges = [_range(text, what) if text else None for what, text in texts.items()]
     options = BuildOptions(
         tuple(target or ()), weight_streaming, hardware_compatible, version_compatible, tf32, fp16_sums
     )
@@ -323,17 +322,33 @@ def build(
     print_table(["written", "bytes", "seconds"], [(str(b.plan), b.info.plan_bytes, b.info.seconds) for b in built])
 
 
+def _range(text: str, option: str) -> Any:
+    from glmtrt_helpers.engines.profiles import Range
+
+    try:
+        return Range.parse(text, smallest=0 if option == "--past" else 1)
+    except WorkbookError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
 @app.command()
 def chat(
     directory: Directory,
-    backend: Annotated[str | None, typer.Option(help="torch, ort or tensorrt (default: the fastest here)")] = None,
+    backend: Annotated[
+        Literal["torch", "ort", "tensorrt"] | None, typer.Option(help="default: the fastest here")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="ask this, print only the answer, and exit")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="always take the most likely token")] = False,
-    temperature: Annotated[float, typer.Option(help="divides the logits; higher is more random")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="keep the k most likely tokens; 0 keeps all")] = 50,
-    top_p: Annotated[float, typer.Option(help="keep the fewest tokens whose probability reaches this")] = 0.7,
-    seed: Annotated[int | None, typer.Option(help="random seed, for the same answers again")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer together")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, max=100, help="divides the logits; higher is more random")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="keep the k most likely tokens; 0 keeps all")] = 50,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0001, max=1, help="keep the fewest tokens whose probability reaches this"),
+    ] = 0.7,
+    seed: Annotated[int | None, Seed] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and answer together")] = None,
     drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, drop the oldest rounds")] = False,
     dtype: Dtype = "fp16",
     fast: Annotated[bool, typer.Option("--fast", help="notebook 07's fast engine, on tensorrt or ort")] = False,

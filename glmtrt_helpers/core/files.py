@@ -1,16 +1,16 @@
 """Write a file whole or not at all: under a temporary name first, renamed when every byte is on the disk."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.errors import WorkbookError, explain
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
 
@@ -20,23 +20,33 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it is renamed to `path` when the block ends, and removed when it fails.
 
     The name holds the process id, so two processes never share a file; those of killed processes are removed here.
-    Raises WorkbookError where the disk is full.
+    Raises WorkbookError where the system refuses to write.
     """
-    remove_stale(path)
     temporary = temporary_path(path)
     try:
+        remove_stale(path)
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise WorkbookError(
-            f"{path} could not be written ({error.strerror}): free room in {path.parent} and run this again."
-        ) from error
+        if error.filename not in (None, str(temporary)):
+            raise  # of another file that the block works on
+        raise WorkbookError(explain(error, path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise WorkbookError where `replacing(path)` would, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise WorkbookError(f"{path} is a folder: a file is to be written there.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as stream:
+            stream.write(b"\0" * 4096)  # one block, so that a full disk is noticed, too
+    except OSError as error:
+        raise WorkbookError(explain(error, path)) from error
 
 
 def is_temporary(path: Path) -> bool:

@@ -24,7 +24,7 @@ import psutil
 
 from glmtrt_helpers.core.errors import WorkbookError
 
-GLMTRT = (sys.executable, "-c", "from glmtrt_helpers.cli.commands import main; main()")
+GLMTRT = (sys.executable, "-c", "from glmtrt_helpers.cli.boundary import main; main()")
 MALLOC_VARIABLE = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb"
 _PHASE = " ..."  # the end of a line on standard error that names what begins now

@@ -17,8 +17,8 @@ import numpy as np
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.code_hash import code_sha256
 from glmtrt_helpers.core import tensorrt_package
-from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.errors import WorkbookError, explain
+from glmtrt_helpers.core.files import check_writable, replacing
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.core.tensorrt_package import Package
 from glmtrt_helpers.engines import plan_info
@@ -95,6 +95,7 @@ def build_engine(
     tensorrt_package.settle_tf32(options.tf32)
     selected = tensorrt_package.choose(package, building=True)
     check_options(options, selected)
+    check_writable(plan)
     started = time.perf_counter()
     weights = 0
     if any(tensor.external_data for tensor in load_graph(source).graph.initializer):
@@ -158,23 +159,24 @@ def _write_plan(
     Returns the engine's inputs and outputs, the stream writer, and the phases of the build.
     """
     log, monitor = make_log(trt), make_monitor(trt, progress)
-    progress(f"Parsing {source.name}", 0, 1)
-    builder, network, parser = _parse(trt, log, source)
-    if not options.fp16_sums:
-        accumulate_in_fp32(trt, network)
-    progress(f"Parsing {source.name}", 1, 1)
-    config = _configure(trt, builder, options, monitor)
-    shapes = add_profiles(builder, network, config, profiles)
-
     writing = f"Writing {plan.name}, KB"
 
     def report(count: int) -> None:
         progress(writing, count // 1000, max(count, weights) // 1000 + 1)
 
     with replacing(plan) as temporary:
-        with plan_writer(trt, temporary, report) as writer, interruptible(monitor):
-            done = builder.build_serialized_network_to_stream(network, config, writer)
-        _check_built(done, monitor, writer, log, plan)
+        with interruptible(monitor):
+            progress(f"Parsing {source.name}", 0, 1)
+            builder, network, parser = _parse(trt, log, source)
+            if not options.fp16_sums:
+                accumulate_in_fp32(trt, network)
+            progress(f"Parsing {source.name}", 1, 1)
+            config = _configure(trt, builder, options, monitor)
+            shapes = add_profiles(builder, network, config, profiles)
+            with plan_writer(trt, temporary, report) as writer:
+                # the parser reads a graph in one call, after which it is asked whether that was interrupted
+                done = not monitor.interrupted and builder.build_serialized_network_to_stream(network, config, writer)
+        _check_built(done, writer, log, plan)
         progress(writing, writer.written // 1000, writer.written // 1000)
         plan_info.info_path(plan).unlink(missing_ok=True)  # until it is written again the plan is refused, not misread
     del parser  # it owns the mapped weights until here
@@ -236,13 +238,8 @@ def _tensors(trt: Any, network: Any, shapes: Shapes) -> list[Tensor]:
     ]
 
 
-def _check_built(done: bool, monitor: Any, writer: Any, log: Any, plan: Path) -> None:
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+def _check_built(done: bool, writer: Any, log: Any, plan: Path) -> None:
     if writer.error is not None:
-        raise WorkbookError(
-            f"{plan} could not be written ({writer.error.strerror or writer.error}) after {writer.written:,} bytes: "
-            f"free room in {plan.parent} and build again."
-        ) from writer.error
+        raise WorkbookError(explain(writer.error, plan)) from writer.error
     if not done:
         raise WorkbookError(f"TensorRT could not build {plan.name} ({log.first_error()}).")

@@ -71,19 +71,27 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
 
 @contextlib.contextmanager
 def interruptible(monitor: Any) -> Iterator[None]:
-    """Within the block, Ctrl-C sets `monitor.interrupted` instead of raising inside one of TensorRT's callbacks."""
+    """Within the block, Ctrl-C and SIGTERM set `monitor.interrupted` instead of raising inside one of the callbacks.
+
+    At the block's end they take their usual effect.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    arrived: list[int] = []
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(number: int, _: Any) -> None:
         monitor.interrupted = True
+        arrived.append(number)
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 @contextlib.contextmanager

@@ -38,15 +38,16 @@ class Range:
     max: int
 
     @classmethod
-    def parse(cls, text: str, what: str) -> Range:
-        """Read "1,64,512" as min, opt, max."""
+    def parse(cls, text: str, smallest: int = 1) -> Range:
+        """Read "1,64,512" as min, opt, max. Raises WorkbookError for other text, and a min below `smallest`."""
         try:
             sizes = [int(part) for part in text.split(",")]
-            if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            if len(sizes) != 3 or not smallest <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise ValueError
         except ValueError:
             raise WorkbookError(
-                f"{what} {text!r} is not a range: give the smallest, the typical and the largest size, as in 1,64,512."
+                f"{text!r} is not a range: give the smallest (at least {smallest}), the typical and the largest size, "
+                "as in 1,64,512."
             ) from None
         return cls(*sizes)
 

@@ -27,7 +27,7 @@ from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.checkpoints.remote_code import fp16_only, remote_line
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.files import check_writable, replacing
 from glmtrt_helpers.core.text import tell
 from glmtrt_helpers.export import graph_passes, weights_in_shards
 from glmtrt_helpers.inputs.examples import example_inputs
@@ -97,6 +97,8 @@ def export_model(
     _check_request(dtype, exporter, opset)
     if not allow_unpatched:
         _check_patched(checkpoint)
+    path = onnx_path(checkpoint, dtype, exporter, opset)
+    check_writable(path)
     checkpoint = with_linkable_shards(checkpoint, progress)
     progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
     announce(checkpoint.code)  # before quiet(), which would swallow it
@@ -110,7 +112,6 @@ def export_model(
     weights_in_shards.refer_to_shards(model, checkpoint)
     if not allow_unpatched:
         _check_interface(model, checkpoint)
-    path = onnx_path(checkpoint, dtype, exporter, opset)
     progress(f"writing {path.name}")
     return write_graph(model, checkpoint, path, exporter, started)
 

@@ -1,19 +1,20 @@
 """Execute the notebooks, each in a clean kernel: all in order for `glmtrt workbook`, or one for its test."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core import processes, tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.files import check_writable, replacing
 from glmtrt_helpers.core.text import tell
 from glmtrt_helpers.workbook.setup import MODEL_VARIABLE, ROOT
 
@@ -32,7 +33,9 @@ def generates_too_slowly(checkpoint: Checkpoint) -> bool:
 
 
 def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool = True) -> None:
-    """Run one notebook in a clean kernel and write the executed copy. Raises WorkbookError when a cell fails.
+    """Run one notebook in a clean kernel and write the executed copy.
+
+    Raises WorkbookError when a cell fails; what was executed until then is written to `NAME.failed.ipynb` beside it.
 
     timeout: seconds for each cell. generate: whether cells tagged `generates` run; otherwise they keep their committed
     outputs, under a note that says so.
@@ -52,13 +55,35 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool
             if GENERATES in cell.metadata.get("tags", []):
                 cell.outputs.insert(0, nbformat.v4.new_output("stream", name="stdout", text=SAVED))
     output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
+    failed = output.with_suffix(".failed.ipynb")
+    try:
+        _execute(client)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        _write(content, failed)
+        why = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error).strip()
+        raise WorkbookError(f"{notebook.name} failed: {why}; see {failed}.") from error
+    _write(content, output)
+    failed.unlink(missing_ok=True)
+
+
+def _write(content: nbformat.NotebookNode, path: Path) -> None:
+    with replacing(path) as temporary:
+        nbformat.write(content, temporary)
+
+
+def _execute(client: NotebookClient) -> None:
+    """Run the cells. nbclient answers Ctrl-C and SIGTERM by ending the kernel, whose death is all that it tells."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         client.execute(env={**processes.huge_page_environment(), "PYTHONHASHSEED": "0"})
-    except CellExecutionError as error:
-        raise WorkbookError(f"{notebook.name} failed: {error.ename}: {error.evalue}; see {output}.") from error
+    except (DeadKernelError, CellExecutionError):
+        if hasattr(client, "_async_cleanup_kernel_future"):  # of a signal
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        with replacing(output) as temporary:
-            nbformat.write(content, temporary)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_all(model: str, output: Path) -> None:

@@ -16,7 +16,7 @@ HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "matplotlib", "psutil", "rich.
 def run(*arguments: str, before: str = "", after: str = "") -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with statements before and after it."""
     program = "\n".join([
-        "import json, sys", before, "from glmtrt_helpers.cli.commands import main",
+        "import json, sys", before, "from glmtrt_helpers.cli.boundary import main",
         "try:", "    main()", "except SystemExit as ended:", "    assert not ended.code", after,
     ])  # fmt: skip
     command = [sys.executable, "-c", program, *arguments]

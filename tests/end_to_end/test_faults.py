@@ -61,7 +61,7 @@ recording.save_record(opened, recording.load_record(opened) * 2)
 MEET = """
 import os, sys, time
 from pathlib import Path
-from glmtrt_helpers.cli.commands import main
+from glmtrt_helpers.cli.boundary import main
 meeting, rename = Path(sys.argv.pop(1)), os.replace
 def meet(old, new):
     (meeting / f"{Path(new).name}.{os.getpid()}").touch()

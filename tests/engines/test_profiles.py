@@ -68,10 +68,10 @@ def test_a_shape_outside_every_profile_is_refused_with_both_named(
 
 
 def test_ranges_are_parsed_or_refused() -> None:
-    assert Range.parse("1,64,512", "--prompt") == Range(1, 64, 512)
+    assert Range.parse("1,64,512") == Range(1, 64, 512)
     for text in ("", "5", "1,2", "0,1,2", "3,2,1", "1,2,x", "1,2,3,4"):
         with pytest.raises(WorkbookError, match=r"--prompt .* is not a range"):
-            Range.parse(text, "--prompt")
+            Range.parse(text)
 
 
 def test_maxima_beyond_the_model_are_refused(checkpoint: Checkpoint) -> None:

@@ -1,0 +1,102 @@
+"""Where every command of `glmtrt` ends: with 0, with one sentence and 1, with its usage and 2, or interrupted.
+
+Interrupted by Ctrl-C it ends with 130, by SIGTERM with 143, as shells have it. All files of this project are written
+under temporary names (`core.files`), which are removed on the way out, so an interrupted command leaves no half of one.
+"""
+
+import errno
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+from glmtrt_helpers.core.errors import WorkbookError, explain
+from glmtrt_helpers.core.text import tell
+
+TERMINATED = 128 + signal.SIGTERM
+_STOPPED = "what was complete by then stays, no half-written file does."
+
+
+def main() -> NoReturn:
+    """Entry point of `glmtrt`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    try:
+        code = _run(sys.argv[1:])
+        sys.stdout.flush()  # here a full disk or a closed pipe can still be told
+    except BaseException as error:
+        code = _end(error)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _run(arguments: list[str]) -> int:
+    import typer
+
+    from glmtrt_helpers.cli.commands import app
+
+    usage_error = typer.BadParameter.__base__  # typer exports the subclass alone
+    command = typer.main.get_command(app)
+    try:
+        # What typer's own main does, except that it would answer some errors itself.
+        with command.make_context("glmtrt", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return int(ended.exit_code)
+    except usage_error as error:  # type: ignore[misc]
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    return 0
+
+
+def _end(error: BaseException) -> int:
+    """Say how a command ended and return its exit code."""
+    causes = _causes(error)
+    if any(
+        isinstance(each, KeyboardInterrupt) for each in causes
+    ):  # an import that it broke off fails in its own words
+        tell(f"glmtrt: interrupted; {_STOPPED}")
+        return 128 + signal.SIGINT
+    if ended := [each for each in causes if isinstance(each, SystemExit)]:
+        if ended[0].code == TERMINATED:
+            tell(f"glmtrt: terminated; {_STOPPED}")
+        return ended[0].code if isinstance(ended[0].code, int) else int(ended[0].code is not None)
+    if isinstance(error, OSError) and error.errno == errno.EPIPE and not error.filename:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again, and told, at the end
+        tell("glmtrt: the output was closed before all of it was written.")
+    elif isinstance(error, WorkbookError):
+        tell(f"glmtrt: {error}")
+    elif isinstance(error, OSError | MemoryError):
+        tell(f"glmtrt: {explain(error)}")
+    else:
+        tell(f"glmtrt: {_unforeseen(error)}")
+    return 1
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it came from."""
+    causes: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in causes:
+        causes.append(following)
+        following = following.__cause__ or following.__context__
+    return causes
+
+
+def _unforeseen(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="glmtrt-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode())
+    except OSError:
+        return f"an error that this program did not foresee ({what}); its traceback could not be written."
+    return f"an error that this program did not foresee ({what}); its traceback is in {file.name}, please report it."
