@@ -37,9 +37,12 @@ def speed(
     output: Annotated[Path | None, typer.Option(help="save the measurement as JSON")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="measure only this one; repeatable")] = None,
     past: Annotated[
-        list[int] | None, typer.Option(min=1, help="tokens in the cache of a decode step; repeatable")
+        list[int] | None,
+        typer.Option(min=1, help="tokens in the cache of a decode step, at least [gMASK] and <sop>; repeatable"),
     ] = None,
-    prompt: Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prefill; repeatable")] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(min=2, help="tokens of a prefill, these two among them; repeatable")
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="batch of a decode step at past 512; repeatable")
     ] = None,

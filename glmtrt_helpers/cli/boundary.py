@@ -22,7 +22,8 @@ _STOPPED = "what was complete by then stays, no half-written file does."
 
 def main() -> NoReturn:
     """Entry point of `glmtrt`."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -34,8 +35,18 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(TERMINATED)
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise what a signal means, or do so a little later where an exception would be lost or end in a crash.
+
+    In `__del__` Python drops it, and a C++ extension that is being imported may end the process.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") == "importlib._bootstrap":
+            signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
 
 def _run(arguments: list[str]) -> int:
@@ -60,15 +71,12 @@ def _run(arguments: list[str]) -> int:
 def _end(error: BaseException) -> int:
     """Say how a command ended and return its exit code."""
     causes = _causes(error)
-    if any(
-        isinstance(each, KeyboardInterrupt) for each in causes
-    ):  # an import that it broke off fails in its own words
+    if any(isinstance(each, KeyboardInterrupt) for each in causes):
         tell(f"glmtrt: interrupted; {_STOPPED}")
         return 128 + signal.SIGINT
-    if ended := [each for each in causes if isinstance(each, SystemExit)]:
-        if ended[0].code == TERMINATED:
-            tell(f"glmtrt: terminated; {_STOPPED}")
-        return ended[0].code if isinstance(ended[0].code, int) else int(ended[0].code is not None)
+    if any(isinstance(each, SystemExit) and each.code == TERMINATED for each in causes):
+        tell(f"glmtrt: terminated; {_STOPPED}")
+        return TERMINATED
     if isinstance(error, OSError) and error.errno == errno.EPIPE and not error.filename:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again, and told, at the end
         tell("glmtrt: the output was closed before all of it was written.")

@@ -30,7 +30,9 @@ Seed = typer.Option(min=0, max=2**63 - 1, help="random seed, for the same number
 def doctor(
     model: Annotated[Path | None, typer.Option(help="predict the GPU memory of an engine of this checkpoint")] = None,
     batch: Annotated[int, typer.Option(min=1, help="with --model: conversations at once")] = 1,
-    length: Annotated[int, typer.Option(min=2, help="with --model: tokens of prompt and answer together")] = 2048,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="with --model: tokens of prompt and answer together (default: up to 2048)")
+    ] = None,
     dtype: Dtype = "fp16",
 ) -> None:
     """Report this machine, and which parts of the workbook run on it."""
@@ -40,7 +42,11 @@ def doctor(
 
     if model:
         checkpoint = open_checkpoint(model)
-        print_table(["part", "size", "note"], checks.model_report(checkpoint, batch, length, dtype), str(model))
+        print_table(
+            ["part", "size", "note"],
+            checks.model_report(checkpoint, batch, length or min(2048, checkpoint.max_length), dtype),
+            str(model),
+        )
         return
     print_table(["item", "found", "meaning"], checks.report())
     print_table(["part", "small checkpoint", "real checkpoint (6.7 billion)"], checks.parts())
@@ -130,6 +136,14 @@ def inputs(
     check_writable(checkpoint.directory / recording.RECORD_NAME)
     tokenizer = load_tokenizer(checkpoint)
     ids = chat_prompt(tokenizer, prompt)
+    if layers and layers > checkpoint.num_layers:
+        raise WorkbookError(f"{directory} has {checkpoint.num_layers} layers, fewer than --layers {layers}.")
+    if len(ids) + max_new > checkpoint.max_length:
+        room = checkpoint.max_length - len(ids)
+        raise WorkbookError(
+            f"{directory} has {checkpoint.max_length} positions, of which the prompt takes {len(ids)}: --max-new can be "
+            f"at most {max(room, 0)}."
+        )
     part = checkpoint.first_layers(layers or (2 if checkpoint.is_large else checkpoint.num_layers))
     dtype = torch.float16 if checkpoint.is_large else torch.float32  # in fp16 the weights stay memory-mapped
     session = TorchSession(loading.load_model(part, dtype))
