@@ -156,8 +156,8 @@ def in_remote_code() -> Iterator[None]:
         if not line or isinstance(error, WorkbookError | MemoryError) or _NO_MEMORY.search(str(error)):
             raise
         raise WorkbookError(
-            f"{line}: the remote code fails here ({_kind(error)}): compare it and config.json with what the checkpoint "
-            "came with, and repair that line."
+            f"{line}: the remote code fails here ({_kind(error)}): check that line, or take the code and config.json "
+            "from one revision of the checkpoint."
         ) from error
 
 
@@ -221,7 +221,7 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
 def _advice(error: Exception) -> str:
     """What to do where an import of remote code has failed."""
     missing, owner = isinstance(error, ModuleNotFoundError), getattr(error, "obj", None)  # of an AttributeError
-    name = (error.name if isinstance(error, ImportError) else getattr(owner, "__spec__", None) and owner.__name__) or ""
+    name = (error.name if isinstance(error, ImportError) else owner.__name__ if inspect.ismodule(owner) else "") or ""
     top = name.partition(".")[0]
     if _PACKAGE.match(f"{name}.") or top.endswith("_chatglm") or top == "quantization" or "relative" in str(error):
         file = f"{_PACKAGE.sub('', name)}.py, or the folder of that name," if missing else "what it names"
