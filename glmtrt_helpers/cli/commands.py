@@ -30,7 +30,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except WorkbookError as error:
-        tell(f"glmtrt: {error}")
+        tell(f"glmtrt: {error}".replace("\n", r"\n"))  # of a name
         sys.exit(1)
     except KeyboardInterrupt:
         tell("glmtrt: interrupted; no half-written file is left.")
