@@ -219,7 +219,7 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     return module
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: BaseException) -> str:
     """What to do where an import of remote code has failed."""
     missing, owner = isinstance(error, ModuleNotFoundError), getattr(error, "obj", None)  # of an AttributeError
     name = (error.name if isinstance(error, ImportError) else owner.__name__ if inspect.ismodule(owner) else "") or ""
