@@ -9,7 +9,7 @@ from pathlib import Path
 from glmtrt_helpers.core.errors import WorkbookError
 
 DEEPEST = 100  # levels of the syntax tree; upstream has 17, and parsers crash at some thousand
-ADVICE = "take modeling_chatglm.py from THUDM/chatglm-6b"
+_AGAIN = "copy it from the checkpoint again"
 _HALF = {"half", "float16", "HalfTensor"}  # torch's names for it
 _HALF_TYPES = {"torch.HalfTensor", "torch.cuda.HalfTensor"}  # what Tensor.type takes as a string
 _TAKE_DTYPE = {"to", "type", "softmax", "log_softmax"}
@@ -22,7 +22,7 @@ def read_source(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise WorkbookError(f"{path} is not UTF-8 text ({error.reason}): copy it from the checkpoint again.") from None
+        raise WorkbookError(f"{path} is not UTF-8 text ({error.reason}): {_AGAIN}.") from None
 
 
 @contextlib.contextmanager
@@ -39,13 +39,13 @@ def parse_source(code: str) -> ast.Module:
     code = code.removeprefix("\ufeff")
     if "\0" in code:
         line = code[: code.index("\0")].count("\n") + 1
-        raise WorkbookError(f"line {line}: this is not Python source (a null byte): {ADVICE}.")
+        raise WorkbookError(f"line {line}: this is not Python source (a null byte): {_AGAIN}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes in strings
             tree = ast.parse(code)
     except SyntaxError as error:
-        raise WorkbookError(f"line {error.lineno}: this is not Python source ({error.msg}): {ADVICE}.") from None
+        raise WorkbookError(f"line {error.lineno}: this is not Python source ({error.msg}): {_AGAIN}.") from None
     except (RecursionError, MemoryError):  # of the parser's own stack
         raise too_deep() from None
     level: list[ast.AST] = [tree]
@@ -53,12 +53,12 @@ def parse_source(code: str) -> ast.Module:
         level = [child for node in level for child in ast.iter_child_nodes(node)]
         if not level:
             return tree
-    raise too_deep(f"line {next((node.lineno for node in level if isinstance(node, ast.expr)), 1)}: ")
+    raise too_deep(f"line {next((node.lineno for node in level if isinstance(node, ast.expr | ast.stmt)), 1)}: ")
 
 
 def too_deep(where: str = "") -> WorkbookError:
     """The error for source that is nested too deep."""
-    return WorkbookError(f"{where}this source is nested more than {DEEPEST} levels deep and is not parsed: {ADVICE}.")
+    return WorkbookError(f"{where}this source is nested more than {DEEPEST} levels deep and is not parsed: {_AGAIN}.")
 
 
 def half_casts(tree: ast.Module) -> list[ast.Call]:

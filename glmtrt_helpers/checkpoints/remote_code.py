@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
+import platform
 import re
 import sys
 import traceback
@@ -156,8 +157,8 @@ def in_remote_code() -> Iterator[None]:
         if not line or isinstance(error, WorkbookError | MemoryError) or _NO_MEMORY.search(str(error)):
             raise
         raise WorkbookError(
-            f"{line}: the remote code fails here ({_kind(error)}): compare it and config.json with what the checkpoint "
-            "came with, and repair that line."
+            f"{line}: the remote code fails here ({_kind(error)}): check that line, or take the code and config.json "
+            "from one revision of the checkpoint."
         ) from error
 
 
@@ -177,7 +178,8 @@ def remote_line(error: BaseException) -> str:
 
 def _kind(error: BaseException) -> str:
     """Class and first line of an error, without the name that the workbook gives the package."""
-    return f"{type(error).__name__}: {_PACKAGE.sub('', str(error).strip()).partition(chr(10))[0][:200]}"
+    text = _PACKAGE.sub("", str(error).strip()).partition("\n")[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def import_remote_code(directory: Path, source: Path) -> ModuleType:
@@ -189,9 +191,6 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     name = f"{package_name}.modeling_chatglm"
     if name in sys.modules:
         return sys.modules[name]
-    code = read_source(source)
-    with naming(source):
-        parse_source(code)
     announce(source, directory)
     _read_sources_only(directory.resolve())
     package = ModuleType(package_name)
@@ -206,8 +205,10 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     sys.path.insert(0, str(directory.resolve()))  # some forks write `from configuration_chatglm import ...`
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[package_name], sys.modules[name]
+        if isinstance(error, WorkbookError):
+            raise
         where = remote_line(error) or source
         raise WorkbookError(f"{where}: the import fails ({_kind(error)}): {_advice(error)}.") from error
     finally:
@@ -218,10 +219,10 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     return module
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: BaseException) -> str:
     """What to do where an import of remote code has failed."""
     missing, owner = isinstance(error, ModuleNotFoundError), getattr(error, "obj", None)  # of an AttributeError
-    name = (error.name if isinstance(error, ImportError) else getattr(owner, "__spec__", None) and owner.__name__) or ""
+    name = (error.name if isinstance(error, ImportError) else owner.__name__ if inspect.ismodule(owner) else "") or ""
     top = name.partition(".")[0]
     if _PACKAGE.match(f"{name}.") or top.endswith("_chatglm") or top == "quantization" or "relative" in str(error):
         file = f"{_PACKAGE.sub('', name)}.py, or the folder of that name," if missing else "what it names"
@@ -230,16 +231,19 @@ def _advice(error: Exception) -> str:
         return f"install it with `pip install {top}`, or copy it here if it is a package of the same fork"
     if top:
         return (
-            f"this fork was written for another release of {top} than {_release(top)}, which has no such name; take a "
-            "fork that was made for a later one, or remove the import where the name is not used"
+            f"this fork was written for another release of {_release(top)}, which has no such name; take a fork that "
+            "was made for a later one, or remove the import where the name is not used"
         )
     return "take modeling_chatglm.py and configuration_chatglm.py from one revision of the checkpoint"
 
 
 def _release(package: str) -> str:
+    """A package and its version as part of a sentence."""
+    if package in sys.stdlib_module_names:
+        return f"Python than {platform.python_version()}"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return "the one here"
+        return f"{package} than {importlib.metadata.version(package)}"
+    return f"{package} than the one here"
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):
@@ -249,7 +253,10 @@ class _SourceLoader(importlib.machinery.SourceFileLoader):
         path = Path(self.get_filename(fullname))
         if path.parent.resolve() != path.parent:
             raise ImportError(f"{path} lies outside the checkpoint's folder, behind a symbolic link")
-        return self.source_to_code(self.get_data(str(path)), str(path))
+        source = read_source(path)
+        with naming(path):
+            parse_source(source)
+        return self.source_to_code(source.encode(), str(path))
 
 
 def _read_sources_only(directory: Path) -> None:

@@ -32,6 +32,8 @@ def main() -> NoReturn:
         sys.stdout.flush()  # here a full disk or a closed pipe can still be told
     except BaseException as error:
         code = _end(error)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)  # it has ended
     sys.exit(code)
 
 
@@ -81,12 +83,16 @@ def _end(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again, and told, at the end
         tell("glmtrt: the output was closed before all of it was written.")
     elif isinstance(error, WorkbookError):
-        tell(f"glmtrt: {error}")
+        _say(str(error))
     elif isinstance(error, OSError | MemoryError):
-        tell(f"glmtrt: {explain(error)}")
+        _say(explain(error))
     else:
-        tell(f"glmtrt: {_unforeseen(error)}")
+        _say(_unforeseen(error))
     return 1
+
+
+def _say(sentence: str) -> None:
+    tell(f"glmtrt: {sentence}".replace("\n", r"\n"))  # a name may hold a line break
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -141,8 +141,10 @@ def inputs(
     if len(ids) + max_new > checkpoint.max_length:
         room = checkpoint.max_length - len(ids)
         raise WorkbookError(
-            f"{directory} has {checkpoint.max_length} positions, of which the prompt takes {len(ids)}: --max-new can be "
-            f"at most {max(room, 0)}."
+            f"{directory} has {checkpoint.max_length} positions, of which the prompt takes {len(ids)}: lower --max-new "
+            f"to {room}."
+            if room > 0
+            else f"{directory} has {checkpoint.max_length} positions, the prompt alone takes {len(ids)}: shorten it."
         )
     part = checkpoint.first_layers(layers or (2 if checkpoint.is_large else checkpoint.num_layers))
     dtype = torch.float16 if checkpoint.is_large else torch.float32  # in fp16 the weights stay memory-mapped
@@ -379,6 +381,8 @@ def chat(
 
     terminal.use_utf8()
     checkpoint = open_checkpoint(directory)
+    if max_length and max_length > checkpoint.max_length:
+        raise WorkbookError(f"{directory} has {checkpoint.max_length} positions: --max-length can be no more.")
     if checkpoint.is_random:
         tell(f"{directory} holds random weights, for measuring: its answers mean nothing.")
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)

@@ -40,6 +40,7 @@ def use_workbook_style() -> None:
             "figure.dpi": 90,
             "figure.constrained_layout.use": True,
             "svg.hashsalt": "glmtrt",
+            "text.parse_math": False,  # a prompt, a token or a name may hold two dollar signs
         }
     )
     _use_small_pngs()

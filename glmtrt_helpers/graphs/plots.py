@@ -69,7 +69,7 @@ def netron_view(onnx_path: str | Path, height: int = 600) -> Any:
     import netron.server
     from IPython.display import IFrame
 
-    class Offline(netron.server._HTTPRequestHandler):  # type: ignore[misc]
+    class Offline(netron.server._HTTPRequestHandler):
         """Its page asks ipinfo.io where it is and reports to Google Analytics: that is taken out, and forbidden."""
 
         def _write(self, status: int, kind: str | None, content: bytes | None) -> None:

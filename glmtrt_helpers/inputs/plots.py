@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from glmtrt_helpers.core.display import DECODE, HIDDEN, PADDING, PREFILL, SEEN
+from glmtrt_helpers.core.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
 
 
 def _label(piece: str) -> str:
-    return piece if len(piece) <= 10 else piece[:9] + "…"
+    return printable(piece if len(piece) <= 10 else piece[:9] + "…")
 
 
 def draw_positions(flat: Mapping[str, torch.Tensor], pieces: Sequence[str], row: int = 0) -> Figure:

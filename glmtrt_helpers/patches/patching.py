@@ -17,11 +17,11 @@ from pathlib import Path
 
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
-from glmtrt_helpers.checkpoints.python_source import ADVICE, naming, read_source
+from glmtrt_helpers.checkpoints.python_source import naming, read_source
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
-from glmtrt_helpers.patches.source_tree import Edits, parse
+from glmtrt_helpers.patches.source_tree import ADVICE, Edits, parse
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any, NoReturn, TypeVar
 import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
 
-from glmtrt_helpers.checkpoints.python_source import ADVICE, parse_source, too_deep
+from glmtrt_helpers.checkpoints.python_source import parse_source, too_deep
 from glmtrt_helpers.core.errors import WorkbookError
 
+ADVICE = "take modeling_chatglm.py from THUDM/chatglm-6b"
 _Node = TypeVar("_Node", bound=cst.CSTNode)
 
 

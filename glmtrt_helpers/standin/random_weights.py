@@ -125,10 +125,12 @@ def _write_shards(
         file = shard_name.format(number, _SHARDS)
         with replacing(directory / file) as temporary:
             mapped = _make_shard(temporary, {name: shapes[name] for name in names})
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                futures = [pool.submit(_fill, name, tensor, seed, meter) for name, tensor in mapped.items()]
-            for future in futures:
-                future.result()  # raises what the thread raised
+            pool = ThreadPoolExecutor(os.cpu_count())
+            try:
+                for future in [pool.submit(_fill, name, tensor, seed, meter) for name, tensor in mapped.items()]:
+                    future.result()  # raises what the thread raised
+            finally:
+                pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest of the shard
             del mapped
         weight_map |= dict.fromkeys(names, file)
     return weight_map

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def _execute(client: NotebookClient) -> None:
     """Run the cells. nbclient answers Ctrl-C and SIGTERM by ending the kernel, whose death is all that it tells."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        client.execute(env={**processes.huge_page_environment(), "PYTHONHASHSEED": "0"})
+        client.execute(
+            env={**processes.huge_page_environment(), "PYTHONHASHSEED": "0"},
+            stderr=subprocess.DEVNULL,  # of a kernel that is ended while it starts; what cells print comes another way
+        )
     except (DeadKernelError, CellExecutionError):
         if hasattr(client, "_async_cleanup_kernel_future"):  # of a signal
             raise KeyboardInterrupt from None

@@ -12,6 +12,7 @@ from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import code_sha256
+from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.sessions.pytorch import TorchSession
 
@@ -78,7 +79,7 @@ def test_an_error_midway_leaves_nothing_behind(tiny_random: Path) -> None:
     model = loading.load_streamed(checkpoint, torch.float32)
     flat = example_inputs(checkpoint, 1, 4, 3)
     flat["past_key_values.1.key"] = flat["past_key_values.1.key"][:, :, :1]  # the last layer cannot join it
-    with pytest.raises(RuntimeError):
+    with pytest.raises(WorkbookError, match=r"modeling_chatglm.py, line \d+: the remote code fails here"):
         TorchSession(model).run(flat)
     assert all(tensor.device.type == "meta" for tensor in model.parameters())
 

@@ -1,5 +1,6 @@
 """Remote code: the forks that need a shim, and those that are refused."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -102,6 +103,9 @@ PLAIN = "from .configuration_chatglm import ChatGLMConfig"
         ("from transformers import NoSuchClass", "'NoSuchClass'", "another release of transformers than"),
         ("from transformers.no_such import f", "transformers.no_such'", "another release of transformers than"),
         ("import torch\ntorch.no_such", "line 2: the import fails (AttributeError", "another release of torch than"),
+        ("from collections import Mapping", "'Mapping'", f"another release of Python than {platform.python_version()}"),
+        ("raise ValueError", "the import fails (ValueError): take", ""),
+        ("import sys\nsys.exit(3)", "line 2: the import fails (SystemExit: 3)", ""),
         ("open('/no/such')", "FileNotFoundError", "from one revision of the checkpoint"),
     ],
 )
@@ -135,6 +139,12 @@ def test_a_source_that_cannot_be_parsed_is_refused_not_a_crash(tiny_random: Path
         with pytest.raises(WorkbookError) as caught:
             read(checkpoint)
         assert str(caught.value).startswith(f"{checkpoint.code}: ") and says in str(caught.value)
+    sibling = checkpoint.directory / "configuration_chatglm.py"
+    replace_once(checkpoint.code, code, "from .configuration_chatglm import ChatGLMConfig\n")
+    sibling.write_text(code)
+    with pytest.raises(WorkbookError) as caught:
+        loading.load_model(checkpoint)
+    assert str(caught.value).startswith(f"{sibling}: ") and says in str(caught.value)
     checkpoint.code.write_bytes("# 你好\n".encode("gbk"))
     with pytest.raises(WorkbookError, match=r"modeling_chatglm.py is not UTF-8 text"):
         loading.load_model(checkpoint)

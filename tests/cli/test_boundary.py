@@ -114,7 +114,7 @@ def end(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
         filled = arguments.replace("DIR", str(where / "chatglm_random")).replace("FOLDER", str(where))
         monkeypatch.setattr(sys, "argv", ["glmtrt", *name.split(), *filled.split()])
         capfd.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
         try:
             with pytest.raises(SystemExit) as ended:
                 boundary.main()
@@ -260,7 +260,7 @@ def test_where_no_room_is_left_that_is_said_first(end: Callable[..., Ended], fol
         while True:
             ballast.write(bytes(4096))
     before = contents(mounted)
-    for name in sorted(set(WRITING)):
+    for name in sorted(set(WRITING) - {"patch"}):  # the original source takes the place of the patched one
         ended = end(name, where=mounted)
         assert_refused_before_the_work(name, ended, mounted, "No space left on device")
         assert contents(mounted) == before, name

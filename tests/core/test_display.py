@@ -1,8 +1,12 @@
 """Tables read the same in a terminal and in a notebook."""
 
+import io
+
+import matplotlib
 import pytest
 
-from glmtrt_helpers.core.display import format_cell, print_table
+from glmtrt_helpers.chat.plots import draw_choice
+from glmtrt_helpers.core.display import format_cell, print_table, use_workbook_style
 
 
 def test_cells_are_formatted_by_kind() -> None:
@@ -25,3 +29,12 @@ def test_a_terminal_gets_text(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["piece", "bytes"], [("你好", 6)])
     text = capsys.readouterr().out
     assert "piece" in text and "你好" in text and "<td" not in text
+
+
+def test_a_plot_gets_text() -> None:
+    """Dollar signs are no formula, and what no font draws is no error."""
+    with matplotlib.rc_context():
+        use_workbook_style()
+        figure = draw_choice(["$$", r"$\frac$", "\ud800", "你"], [0.1] * 4, [0.2] * 4, "$$")
+        figure.savefig(io.BytesIO())
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["$$", r"$\frac$", r"\ud800", "你"]

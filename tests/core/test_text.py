@@ -56,8 +56,8 @@ def test_the_names_in_a_graph_are_text(
 
 
 def test_an_error_and_a_note_are_text(glmtrt: InProcess, tmp_path: Path) -> None:
-    code, (line,) = glmtrt("inspect", tmp_path / "x\x1b[2J\udcff")
-    assert code == 1 and r"x\x1b[2J\udcff is missing" in line
+    code, (line,) = glmtrt("inspect", tmp_path / "x\n\x1b[2J\udcff")
+    assert code == 1 and r"x\n\x1b[2J\udcff is missing" in line
     stream = io.StringIO()
     tell(HOSTILE, stream)
     assert stream.getvalue() == SHOWN + "\n"

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from rich.console import Console
 from support.exporting import (
     QKV,
     Changed,
@@ -27,6 +26,7 @@ from support.exporting import (
 )
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core.display import print_rich
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs import reference, verification
@@ -162,14 +162,17 @@ def test_a_model_that_is_too_short_says_so(checkpoint: Checkpoint) -> None:
     assert not verification.verify(short, "fp32", [CASES[1]]).ok
 
 
-def test_the_table_says_what_failed(checkpoint: Checkpoint) -> None:
+def test_the_table_says_what_failed(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = damaged(checkpoint, "fp32", FAULTS["mask of -1"])
     result = verification.verify(checkpoint, "fp32", SOME, onnx_path=path)
     result.skipped.append((CASES[3], "too long"))
     result.rows.append(replace(result.rows[0], note="it said [gMASK]"))
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(result)
-    lines = console.export_text().splitlines()
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    print_rich(result)
+    lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.rstrip().endswith("NO")]) == sum(not row.ok for row in result.rows) > 0
     row = result.rows[0]
     line = next(line for line in lines if row.case.name in line)

@@ -150,6 +150,20 @@ def test_refuses_what_cannot_be_written_back(code: str) -> None:
         Source(code)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"x = {'not ' * 200}1\n",
+        f"x = {'+'.join('1' * 9000)}\n",
+        "x = 'a'" + " 'b'" * 2000 + "\n",
+    ],
+)
+def test_refuses_what_is_nested_too_deep(code: str) -> None:
+    """Also a row of strings, which is deep for libcst alone."""
+    with pytest.raises(WorkbookError, match="nested more than 100 levels deep"):
+        Source(code)
+
+
 def test_expressions_compare_in_one_layout() -> None:
     source = Source("x = not ( (mask==0) . all( ) ) if True else (  # why\n  F . embedding( a,b ))\n")
     assert text(source.find(cst.UnaryOperation)[0]) == "not (mask == 0).all()"
