@@ -27,7 +27,7 @@ def explain(error: OSError | MemoryError, path: Path | str | None = None) -> str
         return "there is not enough memory for this: close other programs, or take a machine with more."
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in NO_ROOM:
-        where = path or error.filename
+        where = path or error.filename2 or error.filename  # of a copy, its target is the second
         room = f"free room in {Path(where).parent}" if where else "free room on that disk"
         return f"{where or 'the output'} could not be written ({reason}): {room} and run this again."
     where = path or error.filename or "a file"

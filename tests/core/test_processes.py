@@ -92,9 +92,9 @@ def test_a_build_asks_for_them() -> None:
     code = (
         "import os\n"
         "from glmtrt_helpers.checkpoints import checkpoint\n"
-        "from glmtrt_helpers.cli import commands\n"
-        "checkpoint.open_checkpoint = lambda path: exit(os.environ['GLIBC_TUNABLES'])\n"
-        "commands.main()"
+        "from glmtrt_helpers.cli import boundary\n"
+        "checkpoint.open_checkpoint = lambda path: os.write(2, os.environ['GLIBC_TUNABLES'].encode()) and os._exit(1)\n"
+        "boundary.main()"
     )
     environment = {name: value for name, value in os.environ.items() if name != processes.MALLOC_VARIABLE}
     command = [sys.executable, "-c", code, "build", "nowhere"]

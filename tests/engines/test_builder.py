@@ -98,7 +98,7 @@ def test_exact_fp32_matmuls_are_noted_in_the_plan(checkpoint: Checkpoint) -> Non
         ((), (b"tf32=1", b"nvidia_tf32_override=-1")),
         (("--no-tf32",), (b"tf32=0", b"nvidia_tf32_override=0")),
     ):
-        code = "from glmtrt_helpers.cli import commands; commands.main()"
+        code = "from glmtrt_helpers.cli import boundary; boundary.main()"
         command = [sys.executable, "-c", code, "build", str(checkpoint.directory), "--dtype", "fp32", *flags]
         subprocess.run(command, check=True, capture_output=True)
         plan = plan_info.plan_path(checkpoint, "fp32").read_bytes()
@@ -180,8 +180,8 @@ def test_a_build_does_not_need_pytorch(checkpoint: Checkpoint) -> None:
     """Its import would take longer than all the others."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        f"from glmtrt_helpers.cli import commands\n"
-        f"sys.argv = ['glmtrt', 'build', {str(checkpoint.directory)!r}]; commands.main()"
+        f"from glmtrt_helpers.cli import boundary\n"
+        f"sys.argv = ['glmtrt', 'build', {str(checkpoint.directory)!r}]; boundary.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and plan_info.plan_path(checkpoint, "fp16").exists(), done.stderr
@@ -192,13 +192,13 @@ def run_build(directory: Path, body: str) -> subprocess.Popen[bytes]:
     program = (
         "import os, signal, sys, time\n"
         "from glmtrt_helpers import checkpoints, engines\n"
-        "from glmtrt_helpers.cli import commands\n"
+        "from glmtrt_helpers.cli import boundary\n"
         "def progress(phase, done, total):\n"
         f"    {body}\n"
         "def main():\n"
         f"    engines.build_engine(checkpoints.open_checkpoint({str(directory)!r}), 'fp16', progress=progress)\n"
-        "commands.app = lambda **_: main()\n"
-        "commands.main()\n"
+        "boundary._run = lambda _: main()\n"
+        "boundary.main()\n"
     )
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

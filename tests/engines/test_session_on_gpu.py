@@ -122,7 +122,7 @@ def test_exact_fp32_matmuls_are_within_a_tenth_of_the_tolerance(trained: Checkpo
     chat = [
         sys.executable,
         "-c",
-        "from glmtrt_helpers.cli import commands; commands.main()",
+        "from glmtrt_helpers.cli import boundary; boundary.main()",
         "chat",
         str(trained.directory),
     ]
@@ -270,9 +270,9 @@ def test_out_of_device_memory_is_one_sentence(trained: Checkpoint) -> None:
 def test_no_pytorch_at_run_time(trained: Checkpoint) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from glmtrt_helpers.cli import commands\n"
+        "from glmtrt_helpers.cli import boundary\n"
         f"sys.argv = ['glmtrt', 'chat', {str(trained.directory)!r}, '--prompt', '你好', '--greedy']\n"
-        "commands.main()"
+        "boundary.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     answer = next(example.answer for example in train.load_corpus() if example.question == "你好")

@@ -23,8 +23,17 @@ def test_a_failing_cell_fails_the_run_and_the_copy_shows_it(tmp_path: Path) -> N
     output = tmp_path / "out" / "09_broken.ipynb"
     with pytest.raises(WorkbookError, match=r"09_broken\.ipynb failed: ZeroDivisionError"):
         run_notebooks.execute(notebook(tmp_path / "09_broken.ipynb", "1 / 0"), output)
-    (cell,) = nbformat.read(output, as_version=4).cells
+    assert not output.exists()
+    (cell,) = nbformat.read(output.with_name("09_broken.failed.ipynb"), as_version=4).cells
     assert cell.outputs[0].ename == "ZeroDivisionError"
+    run_notebooks.execute(notebook(tmp_path / "09_broken.ipynb", "1 / 1"), output)
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_a_kernel_that_dies_is_one_sentence(tmp_path: Path) -> None:
+    path = notebook(tmp_path / "09_dies.ipynb", "import os", "os._exit(3)")
+    with pytest.raises(WorkbookError, match=r"09_dies\.ipynb failed: .*died.*; see .*out\.failed\.ipynb"):
+        run_notebooks.execute(path, tmp_path / "out.ipynb")
 
 
 @pytest.mark.parametrize("generate", [True, False])
