@@ -4,11 +4,12 @@ An ONNX file refers to ranges of bytes in the checkpoint's shards. If a shard is
 another header, the same ranges hold something else, and nothing in ONNX notices.
 
 Every use compares each shard's size, header and samples: 4,096 bytes at the start and in the middle of every
-tensor, XXX s for a checkpoint of 13.4 GB whose samples are not in memory. `verify` and `build`, which read all weights
-anyway, compare the whole content, at 3 to 7 GB/s.
+tensor, 0.06 s for a checkpoint of 13.4 GB of which nothing is in memory. `verify` and `build`, which read all weights
+anyway, compare the whole content: at 2 to 3 GB/s from the disk and 7 GB/s from memory, that is 2 to 6 s.
 """
 
 import functools
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ _NUMPY = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
     f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)
 }
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\x00]+$")]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Origin:
     """What a graph or an engine was made from: the hash of the source, and the shards by file name."""
 
     code_sha256: _Digest
-    shards: dict[str, ShardIdentity]
+    shards: dict[_FileName, ShardIdentity]
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def check_origin(origin: Origin, made: Path, directory: Path, again: str, *, who
         )
     for name, expected in origin.shards.items():
         file = directory / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise WorkbookError(f"{file} is missing, and {made.name} was made from it: put it back, or {again}.")
         if difference := _difference(file, expected, whole):
             raise WorkbookError(f"{file} is not the file that {made.name} was made from, {difference}: {again}.")
