@@ -68,7 +68,7 @@ def test_weights_are_really_read_from_the_shards(checkpoint: Checkpoint, monkeyp
     assert data in report.plan.read_bytes()
     export = identity.open_export(checkpoint.directory / "model.fp16.onnx")
     tensor.file.rename(tensor.file.with_suffix(".away"))
-    with pytest.raises(WorkbookError, match="safetensors is missing, and model.fp16.onnx was made from it"):
+    with pytest.raises(WorkbookError, match=r"safetensors is missing, and model.fp16.onnx was made from it"):
         build_engine(checkpoint, "fp16")
     # Removed after the checks, which read the shards before TensorRT does.
     monkeypatch.setattr(builder, "open_export", lambda *_, **__: export)
