@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# A test process for each core, each with one thread for its matmuls, or they would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 export GLMTRT_MODEL := $(MODEL)
 
 STEPS := core checkpoints inputs sessions patches export graphs engines chat fast bench standin workbook cli
@@ -31,14 +33,14 @@ workbook: $(INSTALLED)
 
 ifdef STEP
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests/$(STEP) $(if $(NUMBER),tests/end_to_end/test_notebooks.py -k "not test_notebooks or $(NUMBER)_")
+	$(PYTEST) tests/$(STEP) $(if $(NUMBER),tests/end_to_end/test_notebooks.py -k "not test_notebooks or $(NUMBER)_")
 else
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 endif
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not notebook and not browser and not slow"
+	$(PYTEST) -m "not notebook and not browser and not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import torch
 from support.checkpoints import TINY, make_random
 from support.command_line import InProcess
 
+from glmtrt_helpers.checkpoints import code_hash
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.cli.commands import main
@@ -34,6 +35,12 @@ def tiny_random(_random_master: Path, tmp_path: Path) -> Path:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working copy of the shipped, trained checkpoint, shared by tests that only read it. Unpatched."""
     return make_working_copy(TINY, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_announced_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remote code is announced once in a process: without this, a test would depend on which tests ran before it."""
+    monkeypatch.setattr(code_hash, "_announced", set())
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +77,15 @@ def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Browser tests come last, when the notebooks have run. Tests that need a GPU are skipped where there is none."""
-    items.sort(key=lambda item: item.path.name == "test_browser.py")
+    """Tests that need a GPU are skipped where there is none; what works in models/run does so one after the other.
+
+    Those are the notebooks and, after them, the browser: they share the stand-in's working copy, so one worker of
+    pytest-xdist gets them all, and first, because they take longest.
+    """
+    shared = [item for item in items if item.get_closest_marker("notebook") or item.get_closest_marker("browser")]
+    for item in shared:
+        item.add_marker(pytest.mark.xdist_group("models/run"))
+    items.sort(key=lambda item: (item not in shared, item.get_closest_marker("browser") is not None))
     if not tensorrt_package.gpus():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -5,7 +5,6 @@ Each answer is generated in a thread, so that the stop button works meanwhile; t
 
 from __future__ import annotations
 
-import html
 import threading
 import time
 from typing import Any
@@ -17,6 +16,7 @@ from glmtrt_helpers.chat.conversation import Chat, Reply
 from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.text import as_html
 from glmtrt_helpers.sessions.base import Session
 
 STYLE = """<style>
@@ -101,7 +101,7 @@ class ChatPanel:
         self._show()
 
     def _set_status(self, text: str) -> None:
-        self.status.value = html.escape(text)
+        self.status.value = as_html(text)
 
     @property
     def sampling(self) -> Sampling:
@@ -157,7 +157,7 @@ class ChatPanel:
 
     def _show(self, reply: Reply | None = None) -> None:
         bubbles = [
-            f'<div class="glmtrt-{who}">{html.escape(text)}</div>'
+            f'<div class="glmtrt-{who}">{as_html(text)}</div>'
             for question, answer in self._rounds
             for who, text in (("user", question), ("answer", _complete(answer)))
         ]

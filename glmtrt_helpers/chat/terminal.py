@@ -2,16 +2,21 @@
 
 import contextlib
 import io
+import os
 import sys
 
 from glmtrt_helpers.chat.conversation import Chat, Reply
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.text import printable, tell
 
 PROMPT = "> "
 
 
 def use_utf8() -> None:
     """Read and write UTF-8 in any locale; an invalid byte becomes U+FFFD. Call it before the first read."""
+    # readline sets its own locale by this variable. In one that is not UTF-8, or not installed, it takes the bytes of
+    # a Chinese character for commands: one of them lists the files of the folder.
+    os.environ["LC_ALL"] = "C.UTF-8"
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -37,7 +42,7 @@ def converse(chat: Chat) -> None:
         except KeyboardInterrupt:
             print("(stopped)", file=sys.stderr)
         except WorkbookError as error:
-            print(f"glmtrt: {error}", file=sys.stderr)
+            tell(f"glmtrt: {error}")
 
 
 def answer(chat: Chat, query: str) -> Reply:
@@ -45,7 +50,7 @@ def answer(chat: Chat, query: str) -> Reply:
     printed, reply = 0, None
     try:
         for reply in chat.stream(query):
-            print(reply.settled[printed:], end="", flush=True)
+            print(printable(reply.settled[printed:]), end="", flush=True)
             printed = max(printed, len(reply.settled))
     finally:
         if reply is not None:

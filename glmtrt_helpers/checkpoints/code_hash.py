@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.text import tell
 
 CODE_NAME = "modeling_chatglm.py"
 _announced: set[str] = set()
@@ -47,7 +47,7 @@ def announce(source: Path, directory: Path | None = None) -> None:
     sha256 = code_sha256(source, directory)
     if sha256 not in _announced:
         _announced.add(sha256)
-        print(f"Running remote code from {source} (sha256 {sha256[:16]}...); nothing is downloaded.", file=sys.stderr)
+        tell(f"Running remote code from {source} (sha256 {sha256[:16]}...); nothing is downloaded.")
 
 
 def check_auto_map(directory: Path) -> None:

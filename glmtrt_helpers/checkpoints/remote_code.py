@@ -4,12 +4,16 @@ Generation is not shimmed: upstream's `chat` and `generate` use internals that t
 workbook calls `forward` itself (`sessions.decode_loop`).
 """
 
+import ast
+import contextlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -19,9 +23,12 @@ import torch
 from transformers.utils import logging
 
 from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
+from glmtrt_helpers.checkpoints.python_source import half_casts, naming, parse_source, read_source
 from glmtrt_helpers.core.errors import WorkbookError
 
 MODEL_CLASS = "ChatGLMForConditionalGeneration"
+_PACKAGE = re.compile(r"glmtrt_remote_\w+\.")  # of one checkpoint's sources, and of one revision of them
+_NO_MEMORY = re.compile("(allocate|out of) memory")  # how torch words it
 
 
 @dataclass(frozen=True)
@@ -80,23 +87,26 @@ def build_model(
     Raises WorkbookError for source that cannot be imported and for source of another model.
     """
     module: Any = import_remote_code(directory, source)
-    _check_source(module, source, dtype)
+    _check_source(module, source)
+    if dtype != torch.float16 and (why := fp16_only(source)):
+        raise WorkbookError(f"{why}: take a later modeling_chatglm.py.")
     applied = ["skip_init", "GenerationMixin", "inv_freq"]
     module.skip_init = lambda cls, *args, **kwargs: cls(*args, **kwargs)
-    code = source.read_text(encoding="utf-8")
+    code = read_source(source)
     if re.search(r"^from (configuration_chatglm|quantization) import", code, re.MULTILINE):
         applied.append("absolute imports")
     if not torch.cuda.is_available() and "cuda.synchronize" in code:
         module.torch = _TorchWithoutSynchronize()
         applied.append("cuda.synchronize")
-    configuration = module.ChatGLMConfig(**{k: v for k, v in config.items() if k != "transformers_version"})
+    with in_remote_code():
+        configuration = module.ChatGLMConfig(**{k: v for k, v in config.items() if k != "transformers_version"})
     if not hasattr(configuration, "num_hidden_layers"):
         configuration.num_hidden_layers = configuration.num_layers
         applied.append("num_hidden_layers")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with torch.device("meta"):
+        with in_remote_code(), torch.device("meta"):
             model = getattr(module, MODEL_CLASS)(configuration)
     finally:
         logging.set_verbosity(verbosity)
@@ -108,7 +118,7 @@ def build_model(
     return model, [shim for shim in SHIMS if shim.name in applied]
 
 
-def _check_source(module: Any, source: Path, dtype: torch.dtype) -> None:
+def _check_source(module: Any, source: Path) -> None:
     if not (hasattr(module, "ChatGLMConfig") and hasattr(module, MODEL_CLASS)):
         raise WorkbookError(f"{source} defines no {MODEL_CLASS}: it is not the remote code of ChatGLM-6B.")
     inner_model = getattr(module, "ChatGLMModel", getattr(module, MODEL_CLASS))
@@ -117,12 +127,57 @@ def _check_source(module: Any, source: Path, dtype: torch.dtype) -> None:
             f"{source} takes a full_attention_mask, and an attention_mask of the opposite meaning (VisualGLM, ChatGLM2 "
             "and some branches): take modeling_chatglm.py from the main branch of THUDM/chatglm-6b."
         )
-    attention = getattr(module, "attention_fn", None)
-    if dtype != torch.float16 and attention is not None and ".half()" in inspect.getsource(attention):
+
+
+def fp16_only(source: Path) -> str:
+    """Why a source runs in fp16 only and cannot be verified, or "": it casts to fp16 in its forward."""
+    code = read_source(source)
+    with naming(source):
+        casts = half_casts(parse_source(code))
+    if not casts:
+        return ""
+    line, cast = casts[0].lineno, ast.unparse(casts[0])[:80]
+    return (
+        f"{source}, line {line}, casts to fp16 whatever the model's dtype ({cast}), as the first upload of March 2023 "
+        "did, so it runs in fp16 only and cannot be verified"
+    )
+
+
+@contextlib.contextmanager
+def in_remote_code() -> Iterator[None]:
+    """Turn what remote code raises inside the block into one sentence: file, line and kind.
+
+    Errors that pass through no line of remote code stay as they are, and so does want of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = remote_line(error)
+        if not line or isinstance(error, WorkbookError | MemoryError) or _NO_MEMORY.search(str(error)):
+            raise
         raise WorkbookError(
-            f"{source} casts attention probabilities with .half(), as the first upload of March 2023 did, so it runs "
-            "in fp16 only and cannot be verified: take a later modeling_chatglm.py."
-        )
+            f"{line}: the remote code fails here ({_kind(error)}): compare it and config.json with what the checkpoint "
+            "came with, and repair that line."
+        ) from error
+
+
+def remote_line(error: BaseException) -> str:
+    """File and line of the innermost call inside remote code that led to an error, or ""."""
+    calls = [
+        (Path(frame.f_code.co_filename), number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if isinstance(frame.f_globals.get("__loader__"), _SourceLoader)
+    ]
+    if not calls:
+        return ""
+    file, number = calls[-1]
+    here = Path.cwd()
+    return f"{file.relative_to(here) if file.is_relative_to(here) else file}, line {number}"
+
+
+def _kind(error: BaseException) -> str:
+    """Class and first line of an error, without the name that the workbook gives the package."""
+    return f"{type(error).__name__}: {_PACKAGE.sub('', str(error).strip()).partition(chr(10))[0][:200]}"
 
 
 def import_remote_code(directory: Path, source: Path) -> ModuleType:
@@ -134,6 +189,9 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
     name = f"{package_name}.modeling_chatglm"
     if name in sys.modules:
         return sys.modules[name]
+    code = read_source(source)
+    with naming(source):
+        parse_source(code)
     announce(source, directory)
     _read_sources_only(directory.resolve())
     package = ModuleType(package_name)
@@ -150,16 +208,38 @@ def import_remote_code(directory: Path, source: Path) -> ModuleType:
         loader.exec_module(module)
     except Exception as error:
         del sys.modules[package_name], sys.modules[name]
-        raise WorkbookError(
-            f"{source} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]}): "
-            "take modeling_chatglm.py and configuration_chatglm.py from one revision of the checkpoint."
-        ) from error
+        where = remote_line(error) or source
+        raise WorkbookError(f"{where}: the import fails ({_kind(error)}): {_advice(error)}.") from error
     finally:
         sys.dont_write_bytecode = previous
         sys.path.remove(str(directory.resolve()))
         for sibling in {path.stem for path in directory.glob("*.py")} & (set(sys.modules) - before):
             del sys.modules[sibling]  # the next checkpoint has siblings of its own
     return module
+
+
+def _advice(error: Exception) -> str:
+    """What to do where an import of remote code has failed."""
+    missing, owner = isinstance(error, ModuleNotFoundError), getattr(error, "obj", None)  # of an AttributeError
+    name = (error.name if isinstance(error, ImportError) else getattr(owner, "__spec__", None) and owner.__name__) or ""
+    top = name.partition(".")[0]
+    if _PACKAGE.match(f"{name}.") or top.endswith("_chatglm") or top == "quantization" or "relative" in str(error):
+        file = f"{_PACKAGE.sub('', name)}.py, or the folder of that name," if missing else "what it names"
+        return f"{file} is part of the same remote code: copy it here from where the checkpoint came, of one revision"
+    if missing and "." not in name:
+        return f"install it with `pip install {top}`, or copy it here if it is a package of the same fork"
+    if top:
+        return (
+            f"this fork was written for another release of {top} than {_release(top)}, which has no such name; take a "
+            "fork that was made for a later one, or remove the import where the name is not used"
+        )
+    return "take modeling_chatglm.py and configuration_chatglm.py from one revision of the checkpoint"
+
+
+def _release(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return "the one here"
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,10 @@ def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
 
 
 def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
-    """A `.bin` shard, read weights-only (no pickled code runs) and mapped into memory, not copied."""
+    """A `.bin` shard, read weights-only (no pickled code runs) and mapped into memory, not copied.
+
+    Raises WorkbookError for a pickle that asks for more than tensors; torch's own text would say how to run it anyway.
+    """
     import torch  # safetensors headers are read without it
 
     try:
@@ -126,7 +130,14 @@ def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
             return torch.load(file, map_location="meta", weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        refused = re.search(r"\bGLOBAL (\S+)|unrecognized (?:function|class) (\S+)", str(error))
+        if refused:
+            raise WorkbookError(
+                f"{file} holds more than weights ({refused[1] or refused[2]}), which could be code and was not run: "
+                "take the shard from where the checkpoint was published, as safetensors if there is one."
+            ) from None
+        lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+        first = lines[0].strip() if lines else type(error).__name__
         raise WorkbookError(
             f"{file} cannot be read as weights, it is truncated or damaged ({first}): download it again."
         ) from None

@@ -103,7 +103,13 @@ class Tokenizer:
         }
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, without [gMASK] and <sop>."""
+        """Ids of plain text, without [gMASK] and <sop>. Raises WorkbookError for text that has no UTF-8."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise WorkbookError(
+                f"the text holds {text[error.start]!r}, half a character or a byte that is not UTF-8: give it in UTF-8."
+            ) from None
         for name, white_space in reversed(_WHITE_SPACE.items()):  # the longest run of spaces first
             text = text.replace(white_space, _PRIVATE[name])
         return [self._first + piece for piece in self._sp.encode(text)]

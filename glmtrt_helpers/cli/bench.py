@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from glmtrt_helpers.bench.phases import Phase
 from glmtrt_helpers.core.progress import say
+from glmtrt_helpers.core.text import tell
 
 
 class _SpeedByDefault(TyperGroup):
@@ -68,7 +69,7 @@ def speed(
     ]
     print_table(columns, rows, f"{report.copy_bandwidth_gb_s:.0f} GB/s, {report.matrix_tflop_s:.2f} TFLOP/s")
     for what, why in report.missing.items():
-        print(f"not measured: {what}: {why}", file=sys.stderr)
+        tell(f"not measured: {what}: {why}")
     command = "glmtrt " + shlex.join(sys.argv[1:])
     if output:
         results.save(output, checkpoint, report, command)

@@ -9,6 +9,7 @@ import typer
 from glmtrt_helpers.cli import bench as bench_commands
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.progress import bytes_bar, phase_bars, say
+from glmtrt_helpers.core.text import tell
 
 HELP = """The steps of the notebooks on the command line.
 
@@ -29,10 +30,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except WorkbookError as error:
-        print(f"glmtrt: {error}", file=sys.stderr)
+        tell(f"glmtrt: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("glmtrt: interrupted; no half-written file is left.", file=sys.stderr)
+        tell("glmtrt: interrupted; no half-written file is left.")
         sys.exit(130)
 
 
@@ -75,7 +76,7 @@ def standin(
     if size != "tiny":
         with bytes_bar("random weights") as show:
             random_weights.write_random(directory, size, weights=weights, seed=seed, progress=show)
-        print(f"{directory} holds random weights, for measuring: its answers mean nothing.", file=sys.stderr)
+        tell(f"{directory} holds random weights, for measuring: its answers mean nothing.")
         return
     margins = train.build_standin(directory, seed=seed)
     written = sum(file.stat().st_size for file in directory.iterdir())
@@ -106,7 +107,7 @@ def copy(
 
 def _say_note(note: str) -> None:
     if note:
-        print(note, file=sys.stderr)
+        tell(note)
 
 
 @app.command()
@@ -145,10 +146,10 @@ def inputs(
     names = ["input_ids", "position_ids", "attention_mask", "past_key_values.0.key"]
     rows = [(call.kind, *(str(tuple(call.shapes[name])) for name in names)) for call in (*calls[:3], calls[-1])]
     print_table(["call", *names], rows)
-    print(f"{tokenizer.decode(answer)}\n{len(calls)} calls recorded in {path}", file=sys.stderr)
+    tell(f"{tokenizer.decode(answer)}\n{len(calls)} calls recorded in {path}")
     if part.num_layers < checkpoint.num_layers:
         layers_text = f"the first {part.num_layers} of {checkpoint.num_layers} layers"
-        print(f"Run with {layers_text}: the answer means nothing, the shapes are right.", file=sys.stderr)
+        tell(f"Run with {layers_text}: the answer means nothing, the shapes are right.")
 
 
 @app.command()
@@ -168,7 +169,7 @@ def patch(
         raise typer.BadParameter("--check changes nothing and --restore does: choose one of them.")
     if restore:
         edited = patching.restore_checkpoint(directory)
-        print(f"{directory / 'modeling_chatglm.py'} is the original again.")
+        tell(f"{directory / 'modeling_chatglm.py'} is the original again.", sys.stdout)
         _say_note(f"It had been changed by hand; that file is kept as {edited}." if edited else "")
         return
     before = patching.try_patching(directory)
@@ -228,7 +229,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None
     print_rich(summarize(file))
     found = problems(file)
     for problem in found:
-        print(f"glmtrt: {problem}", file=sys.stderr)
+        tell(f"glmtrt: {problem}")
     if found:
         raise typer.Exit(1)
 
@@ -252,7 +253,7 @@ def verify(
     result = verification.verify(open_checkpoint(directory), dtype, selected, progress=say)
     print_rich(result)
     for problem in result.problems:
-        print(f"glmtrt: {problem}", file=sys.stderr)
+        tell(f"glmtrt: {problem}")
     if not result.ok:
         raise typer.Exit(1)
 
@@ -312,7 +313,7 @@ def build(
             built = build_fast(checkpoint, dtype, profiles, options=options, package=package, progress=progress)
         else:
             built = [build_engine(checkpoint, dtype, profiles, options=options, package=package, progress=progress)]
-    print(built[0].package.reason, file=sys.stderr)
+    tell(built[0].package.reason)
     for report in built:
         for index, profile in enumerate(report.info.profiles):
             rows = [row for row in plan_info.tensor_rows(report.info.tensors, index) if row[1] == "input"]
@@ -350,12 +351,12 @@ def chat(
     terminal.use_utf8()
     checkpoint = open_checkpoint(directory)
     if checkpoint.is_random:
-        print(f"{directory} holds random weights, for measuring: its answers mean nothing.", file=sys.stderr)
+        tell(f"{directory} holds random weights, for measuring: its answers mean nothing.")
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     factory = fast_backends if fast else backends
     if backend is None:
         backend, why = factory.best_backend(checkpoint, dtype)
-        print(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""), file=sys.stderr)
+        tell(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""))
     session = factory.open_session(checkpoint, backend, dtype)
     try:
         conversation = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
@@ -375,5 +376,5 @@ def workbook(
     """Execute every notebook in order, each in a clean kernel."""
     from glmtrt_helpers.workbook import run_notebooks
 
-    print(f"Executing {len(run_notebooks.notebooks())} notebooks on {model} into {output}")
+    tell(f"Executing {len(run_notebooks.notebooks())} notebooks on {model} into {output}", sys.stdout)
     run_notebooks.run_all(model, output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import importlib.util
 import io
@@ -16,6 +15,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from glmtrt_helpers.core.text import as_html, printable
 
 # One colour for one meaning in every plot of the workbook, readable without colour vision too.
 SEEN, HIDDEN, PADDING = "#dbe9f6", "#2f4b6e", "#e9e4da"
@@ -63,6 +65,13 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
+class _Plain(Console):
+    """A console on which strings are text: no markup, no names of emoji, nothing that steers a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
     """Print a table, as text in a terminal and as HTML in a notebook; numbers are aligned right."""
     numeric = [
@@ -75,15 +84,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     cells = [[format_cell(cell) for cell in row] for row in rows]
     for row in cells:
         table.add_row(*row)
-    if Console().is_jupyter:
+    if _Plain().is_jupyter:
         from IPython.display import display  # only there in a notebook
 
         text = io.StringIO()
-        Console(file=text, width=115, force_jupyter=False).print(table)
+        _Plain(file=text, width=115, force_jupyter=False).print(table)
         views = {"text/html": _html_table(columns, cells, numeric, title), "text/plain": text.getvalue()}
         display(views, raw=True)
     else:
-        Console().print(table)
+        _Plain().print(table)
 
 
 def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> str:
@@ -91,10 +100,10 @@ def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric:
     align = [f' style="text-align:{"right" if number else "left"};white-space:pre-wrap"' for number in numeric]
 
     def line(tag: str, row: Sequence[str]) -> str:
-        filled = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell, style in zip(row, align, strict=True))
+        filled = (f"<{tag}{style}>{as_html(cell)}</{tag}>" for cell, style in zip(row, align, strict=True))
         return f"<tr>{''.join(filled)}</tr>"
 
-    caption = f'<caption style="text-align:left">{html.escape(title)}</caption>' if title else ""
+    caption = f'<caption style="text-align:left">{as_html(title)}</caption>' if title else ""
     body = "\n".join(line("td", row) for row in cells)
     return (
         f'<table style="margin-left:0">{caption}\n<thead>{line("th", columns)}</thead>\n<tbody>{body}</tbody></table>'
@@ -103,7 +112,7 @@ def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric:
 
 def print_rich(*tables: Any) -> None:
     """Print anything that rich can render, as text in a terminal and as HTML in a notebook."""
-    Console().print(*tables)
+    _Plain().print(*tables)
 
 
 def format_cell(cell: Any) -> str:

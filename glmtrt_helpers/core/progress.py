@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
+from glmtrt_helpers.core.text import tell
+
 
 def say(phase: str) -> None:
     """Print the phase that begins now, also where the standard error of an exporter is being suppressed."""
-    print(f"{phase} ...", file=sys.__stderr__, flush=True)
+    tell(f"{phase} ...", sys.__stderr__)
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def phase_bars() -> Iterator[Any]:
 
     # Under Jupyter FORCE_COLOR is set, by which rich takes any output for a terminal, in child processes too.
     console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 

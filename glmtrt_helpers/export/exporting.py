@@ -25,8 +25,10 @@ from glmtrt_helpers.checkpoints import identity, loading, shards
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.checkpoints.loading import DTYPES
+from glmtrt_helpers.checkpoints.remote_code import fp16_only, remote_line
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.text import tell
 from glmtrt_helpers.export import graph_passes, weights_in_shards
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.inputs.names import PAST, STEP_INPUTS, axis_names, forward_kwargs, input_names, output_names
@@ -97,6 +99,8 @@ def export_model(
     checkpoint = with_linkable_shards(checkpoint, progress)
     progress(f"tracing {checkpoint.num_layers} layers with {exporter}")
     announce(checkpoint.code)  # before quiet(), which would swallow it
+    if dtype == "fp16" and (why := fp16_only(checkpoint.code)):
+        tell(f"{why}; a later modeling_chatglm.py can be.")
     model = _trace(checkpoint, dtype, exporter, opset, example)
     progress("simplifying the graph")
     with quiet():
@@ -157,17 +161,18 @@ def _trace(checkpoint: Checkpoint, dtype: str, exporter: str, opset: int, exampl
     except WorkbookError:
         raise
     except Exception as error:  # each exporter raises exceptions of its own, wrapped around the informative one
+        where, reason = _reason(error)
         raise WorkbookError(
-            f"{checkpoint.code}: the {exporter} exporter cannot follow this source ({_reason(error)}): see "
+            f"{where or checkpoint.code}: the {exporter} exporter cannot follow this source ({reason}): see "
             "notebook 02_patch_rotary_flatten, or take modeling_chatglm.py from THUDM/chatglm-6b."
         ) from error
 
 
-def _reason(error: BaseException) -> str:
-    """Type and first words of the innermost cause."""
+def _reason(error: BaseException) -> tuple[str, str]:
+    """Of the innermost cause: the line of remote code where it arose, or "", and its type and first words."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
+    return remote_line(error), f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
 
 
 def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]) -> ir.Model:

@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from onnx import numpy_helper
 
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.core.text import as_html
 from glmtrt_helpers.graphs.scopes import DATA, GraphIndex
 
 COLOURS = {
@@ -284,7 +284,7 @@ def _svg(diagram: Diagram, title: str) -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0,0.5 L8,4 L0,7.5 z" fill="{_ARROW}"/></marker></defs>',
         '<rect width="100%" height="100%" fill="#ffffff"/>',
-        f'<text x="{_MARGIN:.0f}" y="26" font-size="15" font-weight="bold" fill="{_INK}">{escape(title)}</text>',
+        f'<text x="{_MARGIN:.0f}" y="26" font-size="15" font-weight="bold" fill="{_INK}">{as_html(title)}</text>',
     ]
     x = _MARGIN
     for kind, colour in COLOURS.items():
@@ -309,7 +309,7 @@ def _box(box: Box, x: float, y: float) -> Iterator[str]:
     for i, line in enumerate(box.lines):
         style = 'font-size="10"' if i else 'font-weight="bold"'
         y = top + _PAD + 9 + i * _LINE
-        yield f'<text {style} x="{x:.1f}" y="{y:.1f}" text-anchor="middle" fill="{_INK}">{escape(line)}</text>'
+        yield f'<text {style} x="{x:.1f}" y="{y:.1f}" text-anchor="middle" fill="{_INK}">{as_html(line)}</text>'
 
 
 def layer_nodes(model: onnx.ModelProto, layer: int, part: str = "attention") -> list[onnx.NodeProto]:

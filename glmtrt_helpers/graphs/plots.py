@@ -1,6 +1,7 @@
 """Notebook 04's pictures: the errors along the layers, and the whole graph in netron."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,27 @@ def netron_view(onnx_path: str | Path, height: int = 600) -> Any:
 
     It lives as long as the kernel; without a kernel the notebook shows the picture of `draw_layer`.
     """
-    import netron
+    import netron.server
     from IPython.display import IFrame
+
+    class Offline(netron.server._HTTPRequestHandler):  # type: ignore[misc]
+        """Its page asks ipinfo.io where it is and reports to Google Analytics: that is taken out, and forbidden."""
+
+        def _write(self, status: int, kind: str | None, content: bytes | None) -> None:
+            if kind == "text/javascript" and content:
+                content = re.sub(rb"await (consent|telemetry)\(\);", b"", content)
+            super()._write(status, kind, content)
+
+        def end_headers(self) -> None:
+            self.send_header("Content-Security-Policy", "connect-src 'self' blob: data:")
+            super().end_headers()
 
     load_graph(onnx_path)  # a missing file is reported here, not as a blank frame
     netron.stop()
     # Without a handler on the root logger, netron configures logging, and every library's log would be printed.
     quiet = logging.NullHandler()
     logging.getLogger().addHandler(quiet)
+    netron.server._HTTPRequestHandler = Offline
     try:
         host, port = netron.start(str(onnx_path), address=("127.0.0.1", 0), browse=False)
     finally:

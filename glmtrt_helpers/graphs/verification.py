@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
@@ -65,7 +64,7 @@ class Verification:
         notes = [f"{row.case.name}: {row.note}" for row in self.rows if row.note]
         notes += [f"skipped {case.name}: {why}" for case, why in self.skipped] + self.problems
         table = Table(title=f"{self.onnx_path.name} against PyTorch", title_justify="left")
-        table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
+        table.caption, table.caption_justify = "\n".join(notes) or None, "left"
         # Narrow enough for a terminal of 80 characters.
         table.box, table.padding, table.pad_edge = SIMPLE_HEAD, 0, False
         table.add_column("case", min_width=11, overflow="fold")

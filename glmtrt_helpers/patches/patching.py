@@ -7,21 +7,21 @@ The source is upstream's `modeling_chatglm.py` (THUDM/chatglm-6b, March to Septe
 later families share class names but not these statements, and are refused.
 """
 
-import contextlib
 import difflib
 import itertools
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
+from glmtrt_helpers.checkpoints.python_source import ADVICE, naming, read_source
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
-from glmtrt_helpers.patches.source_tree import ADVICE, Edits, parse
+from glmtrt_helpers.patches.source_tree import Edits, parse
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def patch_checkpoint(directory: str | Path, only: Collection[str] | None = None)
 def check_checkpoint(directory: str | Path) -> dict[str, Blocker]:
     """`find_blockers` in a checkpoint's source; changes nothing."""
     path, source = _read(directory)
-    with _naming(path):
+    with naming(path):
         return find_blockers(source)
 
 
@@ -144,7 +144,7 @@ def try_patching(directory: str | Path) -> dict[str, Blocker]:
 def _dry_run(path: Path, source: str, only: Collection[str] | None) -> tuple[dict[str, Blocker], str]:
     """The blockers of a source and what patching makes of it."""
     max_length = _max_length(path.with_name("config.json"))
-    with _naming(path):
+    with naming(path):
         blockers = find_blockers(source)
         patched = patch_source(source, max_length, only)
     backup = path.with_name(BACKUP_NAME)
@@ -181,7 +181,7 @@ def _is_ours(path: Path, backup: Path) -> bool:
     if path.read_bytes() == backup.read_bytes():
         return True
     try:
-        source = _decode(path)
+        source = read_source(path)
         blockers = find_blockers(source)
         if _is_backup(backup, source, _max_length(path.with_name("config.json"))):
             return True
@@ -205,14 +205,7 @@ def _read(directory: str | Path) -> tuple[Path, str]:
     path = Path(directory) / CODE_NAME
     if not path.is_file():
         raise WorkbookError(f"{path} is missing: it comes with the checkpoint and defines the model, copy it there.")
-    return path, _decode(path)
-
-
-def _decode(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise WorkbookError(f"{path} is not UTF-8 text ({error.reason}): copy it from the checkpoint again.") from None
+    return path, read_source(path)
 
 
 def _max_length(config: Path) -> int:
@@ -228,17 +221,8 @@ def _max_length(config: Path) -> int:
 def _is_backup(backup: Path, source: str, max_length: int) -> bool:
     """Whether the backup is the source before its patches; if not, restoring would bring back another file."""
     done = [name for name, blocker in find_blockers(source).items() if blocker.state == PATCHED]
-    with _naming(backup):
-        return patch_source(_decode(backup), max_length, done) == source
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name before what was wrong in it."""
-    try:
-        yield
-    except WorkbookError as error:
-        raise WorkbookError(f"{path}: {error}") from None
+    with naming(backup):
+        return patch_source(read_source(backup), max_length, done) == source
 
 
 def _write(path: Path, source: str, like: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any, NoReturn, TypeVar
 import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
 
+from glmtrt_helpers.checkpoints.python_source import ADVICE, parse_source, too_deep
 from glmtrt_helpers.core.errors import WorkbookError
 
-ADVICE = "take modeling_chatglm.py from THUDM/chatglm-6b"
 _Node = TypeVar("_Node", bound=cst.CSTNode)
 
 
@@ -46,13 +46,16 @@ class Source:
         text = code.removeprefix("\ufeff").rstrip()
         self._end = code[len(self._mark) + len(text) :]
         self._lines = re.split(r"\r\n|\r|\n", text)
+        parse_source(text)  # refuses what libcst's parser, which has no bound, would crash on
         try:
             self.module = cst.parse_module(text)
+            self._positions = MetadataWrapper(self.module, unsafe_skip_copy=True).resolve(PositionProvider)
         except cst.ParserSyntaxError as error:
-            raise WorkbookError(f"line {error.raw_line}: this is not Python source: {ADVICE}.") from None
+            raise WorkbookError(f"line {error.raw_line}: libcst cannot parse this source: {ADVICE}.") from None
+        except RecursionError:  # to libcst a long row of strings is deep, too
+            raise too_deep() from None
         if self.module.code != text:
             raise WorkbookError(f"this source has control characters that cannot be kept byte for byte: {ADVICE}.")
-        self._positions = MetadataWrapper(self.module, unsafe_skip_copy=True).resolve(PositionProvider)
         self._children: dict[cst.CSTNode, list[cst.CSTNode]] = {}
         self._parents: dict[cst.CSTNode, cst.CSTNode] = {}
         waiting: list[cst.CSTNode] = [self.module]

@@ -30,22 +30,33 @@ def generate(
     A row that has come to <eop> yields None from then on; the end of all rows, or max_length, ends the iteration.
     max_length: prompt and answer together, padding included; at most what model and session can take.
     choose: selects ids (batch,) by scores (batch, vocabulary). To stop midway, stop iterating.
+    Raises WorkbookError, before anything runs, for prompts that do not fit, and where something else uses the session
+    before the end.
     """
     limit = min(max_length or checkpoint.max_length, checkpoint.max_length, session.limits.total)
     _check_prompts(session, prompts, limit)
     eop, pad = int(checkpoint.config["eos_token_id"]), int(checkpoint.config["pad_token_id"])
     call = positions_and_mask.prefill(checkpoint, prompts)
     open_rows = np.ones(len(prompts), dtype=np.bool_)
-    session.reset()
+    with session.alone():
+        session.reset()
+        seen = session.changes
     is_greedy = choose is take_best or getattr(choose, "is_greedy", False)
     device_loop: Generator[np.ndarray] | None = None
     try:
         for _ in range(max(len(prompt) for prompt in prompts), limit):
-            if device_loop is None:
-                selected = choose(session.step(call))
-                device_loop = session.follow() if is_greedy else None
-            if device_loop is not None:
-                selected = next(device_loop)
+            with session.alone():
+                if session.changes != seen:
+                    raise WorkbookError(
+                        "another conversation has used this session since the last token, so its cache is not this "
+                        "one's any more: finish one answer before the next, or open a session for each."
+                    )
+                if device_loop is None:
+                    selected = choose(session.step(call))
+                    device_loop = session.follow() if is_greedy else None
+                if device_loop is not None:
+                    selected = next(device_loop)
+                seen = session.changes
             tokens = np.where(open_rows, selected, pad)
             open_rows &= tokens != eop
             if not open_rows.any():

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmtrt_helpers.checkpoints.remote_code import in_remote_code
 from glmtrt_helpers.inputs.names import flat_outputs, forward_kwargs, past_names
 from glmtrt_helpers.sessions.base import Session
 
@@ -28,6 +29,6 @@ class TorchSession(Session):
 
     def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tensors = {name: torch.as_tensor(value).to(self.device) for name, value in flat.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), in_remote_code():
             outputs = flat_outputs(self.model(**forward_kwargs(tensors)))
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}

@@ -14,6 +14,7 @@ from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.core import processes, tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.text import tell
 from glmtrt_helpers.workbook.setup import MODEL_VARIABLE, ROOT
 
 GENERATES = "generates"  # tag of cells that generate text
@@ -66,7 +67,7 @@ def run_all(model: str, output: Path) -> None:
     checkpoint = open_checkpoint(ROOT / model)
     generate = not generates_too_slowly(checkpoint)
     if checkpoint.is_random:
-        print(f"{model} holds random weights, for measuring: its answers mean nothing.")
+        tell(f"{model} holds random weights, for measuring: its answers mean nothing.", sys.stdout)
     if not generate:
         print("Cells that generate text show saved results, each marked: without a GPU an answer would take minutes.")
     announce(checkpoint.code)

@@ -68,6 +68,7 @@ def test_only_a_measured_phase_is_run(tiny_random: Path, command: str) -> None:
     assert {path.name: path.read_bytes() for path in tiny_random.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_code_that_runs_in_other_processes_is_announced(tiny_random: Path, capsys: pytest.CaptureFixture[str]) -> None:
     patching.patch_checkpoint(tiny_random)
     memory.measure_memory(tiny_random, (Phase.PATCH,))

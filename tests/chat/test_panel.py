@@ -73,9 +73,15 @@ def test_a_conversation_continues_on_another_backend(checkpoint: Checkpoint) -> 
 
 def test_text_is_never_markup(checkpoint: Checkpoint) -> None:
     panel = ChatPanel(checkpoint, backend="ort")
-    panel.ask("<script>alert(1)</script> & <b>")
+    panel.ask("<script>alert(1)</script> & <b> \x1b[2J\u202e")
     panel.wait(30)
     assert "&lt;script&gt;" in panel.log.value and "<script>" not in panel.log.value
+    assert r"\x1b[2J\u202e" in panel.log.value and not {"\x1b", "\u202e"} & set(panel.log.value)
+    panel.ask("\ud83d")
+    panel.wait(10)
+    assert "half a character" in panel.status.value
+    panel._set_status("<i>\x1b")
+    assert panel.status.value == r"&lt;i&gt;\x1b"
 
 
 def test_an_error_is_shown_and_the_panel_goes_on(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.scripted import Scripted
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.chat.conversation import Chat
 from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.chat.terminal import answer
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.standin import train
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import commands; commands.main()"]
@@ -80,10 +82,10 @@ def test_bad_input_is_one_line(exported_standin: Path, tmp_path: Path) -> None:
 class Terminal:
     """A program in a pseudo-terminal: what it printed, and a keyboard."""
 
-    def __init__(self, *command: str | Path):
+    def __init__(self, *command: str | Path, **environment: str):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.environ.update(TERM="xterm", LANG="C.UTF-8")
+            os.environ.update({"TERM": "xterm", "LANG": "C.UTF-8", **environment})
             os.execv(sys.executable, [*GLMTRT, *map(str, command)])
         self.output = ""
 
@@ -124,6 +126,19 @@ def test_chinese_is_typed_erased_and_answered(terminal: Terminal) -> None:
     terminal.type("\n")
 
 
+@pytest.mark.parametrize("locale", ["zh_CN.GBK", "xx_YY", "C"])
+def test_a_locale_that_is_not_utf8_or_not_installed_converses(exported_standin: Path, locale: str) -> None:
+    terminal = Terminal("chat", exported_standin, "--backend", "ort", "--greedy", LC_ALL=locale)
+    terminal.expect("> ")
+    terminal.type("你坏\x7f好\n")
+    terminal.expect("\n")
+    terminal.expect(ANSWERS["你好"])
+    terminal.expect("> ")
+    terminal.type("\n")
+    assert os.waitpid(terminal.pid, 0)[1] == 0
+    os.close(terminal.fd)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_answer_not_the_conversation(exported_standin: Path) -> None:
     wild = ("--temperature", "5", "--top-k", "0", "--top-p", "1", "--seed", "3")
@@ -158,3 +173,13 @@ def test_text_appears_before_the_last_token_is_computed(exported_standin: Path) 
     pieces = done.stdout.rstrip("\n").split("|")
     assert "".join(pieces) == ANSWERS["你好"] and sum(bool(piece) for piece in pieces) > 10, done.stderr
     assert pieces[0] == "" and any(pieces[:4]), "the first text comes with the first tokens"
+
+
+def test_an_answer_cannot_steer_the_terminal(tiny_random: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal sequence in bytes, one token each, so that no piece holds a whole one."""
+    checkpoint = open_checkpoint(tiny_random)
+    tokenizer = load_tokenizer(checkpoint)
+    script = [tokenizer._ids[f"<0x{byte:02X}>"] for byte in "a\x1b[2J\u202e你".encode()]
+    session = Scripted(checkpoint, [*script, tokenizer.eop_id])
+    answer(Chat(checkpoint, session, Sampling(greedy=True)), "a")
+    assert capsys.readouterr().out == r"a\x1b[2J\u202e你" + "\n"

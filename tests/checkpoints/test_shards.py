@@ -1,6 +1,9 @@
 """Shard indexes and headers, intact and damaged, and `.bin` shards made safetensors."""
 
 import json
+import os
+import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -66,16 +69,33 @@ def test_refuses_index_that_leaves_its_folder_or_names_an_absent_tensor(tiny_ran
     assert "not a shard index" in refusal(tiny_random)
 
 
-def test_bin_is_read_weights_only(tiny_random: Path) -> None:
+class Bomb:
+    def __init__(self, call: object):
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return self.call, ("raise SystemExit('pickled code ran')",)
+
+
+@pytest.mark.parametrize(
+    ("held", "names"),
+    [
+        (Bomb(exec), "(exec)"),
+        (Bomb(os.system), "(posix.system)"),
+        (Path("x"), "(pathlib.PosixPath)"),  # harmless, but not weights either
+    ],
+)
+def test_a_refused_pickle_comes_without_advice_to_run_it(tiny_random: Path, held: object, names: str) -> None:
     to_bin(tiny_random)
     bomb = tiny_random / "pytorch_model-00001-of-00002.bin"
-
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return exec, ("raise SystemExit('pickled code ran')",)
-
-    torch.save({"lm_head.weight": Bomb()}, bomb)
-    assert bomb.name in refusal(tiny_random)
+    torch.save({"lm_head.weight": held}, bomb)
+    for protocol in (None, 2, 4):
+        if protocol:
+            bomb.write_bytes(pickle.dumps({"lm_head.weight": held}, protocol))
+        message = refusal(tiny_random)
+        assert bomb.name in message
+        assert not {"weights_only", "safe_globals"} & set(re.findall(r"\w+", message)), message
+        assert "likely succeed" not in message and (protocol == 4 or names in message), message
 
 
 def test_truncated_bin_is_refused(tiny_random: Path) -> None:

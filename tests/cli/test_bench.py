@@ -9,6 +9,7 @@ from support.exporting import exported_copy
 from glmtrt_helpers.cli.commands import app
 
 
+@pytest.mark.slow
 def test_a_folder_as_the_first_argument_measures_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = exported_copy(tmp_path)
     path = tmp_path / "out.json"

@@ -90,6 +90,7 @@ def test_every_case_within_the_tolerance_of_the_classical_graph(tmp_path: Path, 
     assert result.ok and not result.skipped, result.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_every_answer_of_the_corpus_token_for_token(walked: Checkpoint, dtype: str) -> None:
     session = fast_backends.open_session(walked, "ort", dtype)

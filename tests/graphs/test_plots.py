@@ -51,6 +51,11 @@ def test_netron_serves_the_graph_and_leaves_logging_alone(
         assert first.src != second.src and second.height == 321
         served = urllib.request.urlopen(f"{second.src}/data/model.fp32.onnx", timeout=10).read()
         assert served == path_of(checkpoint, "fp32").read_bytes()
+        # The page connects to this server only, and does not even ask.
+        with urllib.request.urlopen(f"{second.src}/index.html", timeout=10) as page:
+            assert page.headers["Content-Security-Policy"] == "connect-src 'self' blob: data:"
+        script = urllib.request.urlopen(f"{second.src}/browser.js", timeout=10).read()
+        assert b"https://ipinfo.io" in script and b"await consent" not in script and b"await telemetry" not in script
         # The previous view has ended, instead of showing the new graph at its old address.
         with pytest.raises(OSError):
             urllib.request.urlopen(first.src, timeout=1)

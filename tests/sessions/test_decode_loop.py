@@ -1,5 +1,6 @@
 """The decode loop on a random model and on a scripted session; the trained model is tried end to end."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,18 @@ def test_limits_of_a_session_are_checked_before_it_runs(_random_master: Path) ->
     with pytest.raises(WorkbookError, match="there is no prompt"):
         next(generate(session, checkpoint, []))
     assert not session.calls
+
+
+def test_conversations_that_share_a_session_are_noticed(_random_master: Path) -> None:
+    """The one that comes later goes on, and the one whose cache it took ends with a sentence; after it, all is well."""
+    checkpoint = open_checkpoint(_random_master)
+    prompt = load_tokenizer(checkpoint).encode("a")
+    session = Scripted(checkpoint, [7, 8, 9, 10, 11])
+    first, second = (generate(session, checkpoint, [prompt], max_length=len(prompt) + 2) for _ in range(2))
+    assert next(first) == [7]
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(next, second).result() == [8]
+    with pytest.raises(WorkbookError, match="another conversation has used this session"):
+        next(first)
+    assert list(second) == [[9]]
+    assert greedy(session, checkpoint, prompt, max_length=len(prompt) + 2) == [10, 11]
