@@ -120,16 +120,16 @@ def check_origin(origin: Origin, made: Path, directory: Path, again: str, *, who
 
     again: what to do then, "export again with `...`". whole: compare every byte of the shards that has been recorded.
     """
-    code = directory / CODE_NAME
-    if not code.is_file() or code_sha256(code) != origin.code_sha256:
+    for file in (directory / name for name in (CODE_NAME, *origin.shards)):
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+            raise WorkbookError(f"{file} is missing, and {made.name} was made from it: put it back, or {again}.")
+    if code_sha256(directory / CODE_NAME) != origin.code_sha256:
         raise WorkbookError(
             f"{made} was made from another version of {CODE_NAME} or of the code beside it than {directory} holds, "
             f"which was patched or replaced since: {again}."
         )
     for name, expected in origin.shards.items():
         file = directory / name
-        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
-            raise WorkbookError(f"{file} is missing, and {made.name} was made from it: put it back, or {again}.")
         if difference := _difference(file, expected, whole):
             raise WorkbookError(f"{file} is not the file that {made.name} was made from, {difference}: {again}.")
 
