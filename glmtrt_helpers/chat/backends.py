@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.core.artifacts import missing_graph
+from glmtrt_helpers.checkpoints.identity import open_export
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.plan_info import check_plan
 from glmtrt_helpers.sessions.base import Session
@@ -53,9 +53,11 @@ def unavailable_files(checkpoint: Checkpoint, models: Sequence[Path]) -> dict[st
             check_plan(checkpoint, model.with_name(f"{model.name}.plan"))
     except WorkbookError as error:
         reasons["tensorrt"] = str(error)
-    graphs = [model.with_name(f"{model.name}.onnx") for model in models]
-    for graph in [graph for graph in graphs if not graph.exists()][:1]:
-        reasons["ort"] = missing_graph(graph)
+    try:
+        for model in models:
+            open_export(model.with_name(f"{model.name}.onnx"))
+    except WorkbookError as error:
+        reasons["ort"] = str(error)
     return reasons
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.checkpoints.code_hash import code_sha256
+from glmtrt_helpers.checkpoints.identity import file_blake3, open_export, origin_of
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError, explain
 from glmtrt_helpers.core.files import check_writable, replacing
-from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.core.tensorrt_package import Package
 from glmtrt_helpers.engines import plan_info
 from glmtrt_helpers.engines.callbacks import interruptible, make_log, make_monitor, plan_writer
@@ -85,8 +84,8 @@ def build_engine(
     progress is called with a phase, its steps done and all its steps: parsing, TensorRT's own phases, writing. Nothing
     is left half-written: the plan appears under its name once all of it is on the disk, and a plan without a matching
     JSON is refused.
-    Raises WorkbookError for a missing or unreadable graph, an option that the package does not have, too little memory
-    or disk.
+    Raises WorkbookError as `open_export` does, and for an option that the package does not have, too little memory or
+    disk.
     """
     options = options or BuildOptions()
     profiles = list(profiles or chat_profiles(checkpoint))
@@ -98,7 +97,8 @@ def build_engine(
     check_writable(plan)
     started = time.perf_counter()
     weights = 0
-    if any(tensor.external_data for tensor in load_graph(source).graph.initializer):
+    export = open_export(source, whole=True)
+    if export.external:
         weights = engine_weights(checkpoint, dtype)
         check_room(checkpoint, dtype, plan)
     # Where weights are inputs, TensorRT-RTX needs profiles of two rows.
@@ -113,9 +113,8 @@ def build_engine(
         profiles=profiles,
         tensors=tensors,
         onnx=source.name,
-        onnx_blake3=plan_info.file_blake3(source),
-        code_sha256=code_sha256(checkpoint.code),
-        weights_sha256=plan_info.weights_sha256(checkpoint),
+        onnx_blake3=file_blake3(source),
+        origin=export.origin or origin_of(checkpoint, whole=False),
         plan_bytes=writer.written,
         plan_blake3=writer.hexdigest(),
         seconds=round(time.perf_counter() - started, 2),

@@ -6,17 +6,15 @@ what it wrote, and `open_plan` compares that with the files and packages as they
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from blake3 import blake3
+import msgspec
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.checkpoints.code_hash import code_sha256
+from glmtrt_helpers.checkpoints.identity import Origin, check_origin, file_blake3
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.artifacts import cli_options, is_part
 from glmtrt_helpers.core.errors import WorkbookError
@@ -24,9 +22,7 @@ from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.core.tensorrt_package import Package
 from glmtrt_helpers.engines.profiles import Profile
 
-FORMAT = 2  # of the JSON
-SAMPLE = 4096  # bytes, read twice from every weight for their fingerprint
-LARGE_PLAN = 10**9  # bytes; above, a plan is hashed once per process
+FORMAT = 3  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,7 @@ class PlanInfo:
     tensors: list[Tensor]
     onnx: str
     onnx_blake3: str
-    code_sha256: str
-    weights_sha256: str
+    origin: Origin
     plan_bytes: int
     plan_blake3: str
     seconds: float
@@ -100,6 +95,7 @@ def read_info(plan: Path) -> PlanInfo:
             raise ValueError(f"format {entry['format']}")
         entry["profiles"] = [Profile.from_dict(profile) for profile in entry["profiles"]]
         entry["tensors"] = [Tensor(**tensor) for tensor in entry["tensors"]]
+        entry["origin"] = msgspec.convert(entry["origin"], Origin)
         return PlanInfo(**entry)
     except FileNotFoundError:
         raise WorkbookError(f"{path} is missing, so nothing is known of {plan.name}: {again}.") from None
@@ -160,56 +156,12 @@ def _check_sources(checkpoint: Checkpoint, plan: Path, info: PlanInfo, again: st
     onnx = plan.parent / info.onnx
     if not onnx.exists() or file_blake3(onnx) != info.onnx_blake3:
         raise WorkbookError(f"{plan} was built from another {info.onnx} than the one next to it: {again}.")
-    if code_sha256(checkpoint.code) != info.code_sha256:
-        raise WorkbookError(
-            f"{plan} was built from another version of {checkpoint.code.name}: export with `glmtrt export "
-            f"{plan.parent}{cli_options(onnx)}`, then {again}."
-        )
-    if weights_sha256(checkpoint) != info.weights_sha256:
-        raise WorkbookError(f"{plan} was built from other weights than those in {plan.parent}: {again}.")
+    export = f"export with `glmtrt export {plan.parent}{cli_options(onnx)}`, then {again}"
+    check_origin(info.origin, plan, checkpoint.directory, export)
 
 
 def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def file_blake3(path: Path) -> str:
-    """BLAKE3 of a file, in hex, as `b3sum` prints it; SHA-256 would take twelve seconds for a plan of 12 GB.
-
-    A large file is read once per process, and again if it has changed.
-    """
-    stat = path.stat()
-    if stat.st_size < LARGE_PLAN:
-        return _read_blake3(path)
-    return _large_blake3(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@functools.lru_cache
-def _large_blake3(path: Path, size: int, mtime_ns: int, inode: int) -> str:
-    return _read_blake3(path)
-
-
-def _read_blake3(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-
-
-def weights_sha256(checkpoint: Checkpoint) -> str:
-    """A fingerprint of the weights: name, dtype, shape and offset of every tensor, and bytes at its start and middle.
-
-    Reading all 13 GB at every start would take longer than loading the engine, and retrained or merged weights differ
-    everywhere.
-    """
-    digest = hashlib.sha256()
-    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        with file.open("rb") as stream:
-            for name, tensor in sorted(checkpoint.tensors.items()):
-                if tensor.file != file or tensor.offset is None:
-                    continue
-                digest.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.offset}".encode())
-                for start in (0, tensor.nbytes // 2):
-                    stream.seek(tensor.offset + start)
-                    digest.update(stream.read(min(SAMPLE, tensor.nbytes - start)))
-    return digest.hexdigest()
 
 
 def tensor_rows(tensors: Sequence[Tensor], profile: int) -> list[tuple[str, ...]]:

@@ -21,9 +21,9 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glmtrt_helpers.checkpoints import loading, shards
+from glmtrt_helpers.checkpoints import identity, loading, shards
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
+from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.checkpoints.remote_code import fp16_only, remote_line
 from glmtrt_helpers.core.errors import WorkbookError
@@ -41,7 +41,6 @@ DEFAULT_OPSET = 18
 EXAMPLE = (2, 5, 3)  # batch, sequence, past
 # The TorchScript exporter serializes all weights into one protobuf message, whose limit is 2 GB.
 _TORCHSCRIPT_BYTES = 1_500_000_000
-CODE_KEY = "glmtrt.code_sha256"  # the model's metadata entry with the hash of the exported source
 
 
 @dataclass(frozen=True)
@@ -253,12 +252,13 @@ def _check_interface(model: ir.Model, checkpoint: Checkpoint) -> None:
 
 
 def write_graph(model: ir.Model, checkpoint: Checkpoint, path: Path, exporter: str, started: float) -> ExportReport:
-    """Write the file whole or not at all, with the hash of the source in it.
+    """Write the file whole or not at all, with what it was exported from in it.
 
     started: `time.perf_counter()` when the export began.
     """
-    model.producer_name = "glmtrt"
-    model.metadata_props[CODE_KEY] = code_sha256(checkpoint.code)
+    model.producer_name = identity.PRODUCER
+    reads_weights = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+    model.metadata_props.update(identity.metadata(identity.origin_of(checkpoint, whole=reads_weights)))
     with replacing(path) as temporary:
         temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     return ExportReport(

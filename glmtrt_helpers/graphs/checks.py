@@ -12,10 +12,10 @@ from onnx import shape_inference
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.checkpoints.identity import open_export
 from glmtrt_helpers.core.artifacts import is_part
-from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.graphs.scopes import DATA, GraphIndex
-from glmtrt_helpers.graphs.summary import check_weights, describe, location, true_inputs
+from glmtrt_helpers.graphs.summary import describe, true_inputs
 from glmtrt_helpers.inputs.names import axis_names, input_names, output_names
 
 # Valid in ONNX, refused by TensorRT's parser; a clean export has none of them.
@@ -82,8 +82,7 @@ def problems(onnx_path: str | Path, checkpoint: Checkpoint | None = None) -> lis
     from the graph's outputs. A part of the fast decoder need not have the inputs and outputs of the whole model.
     """
     path = Path(onnx_path)
-    model = load_graph(path)
-    check_weights(path, model)
+    model = open_export(path).model
     layers = checkpoint.num_layers if checkpoint else sum(v.name.endswith(".key") for v in model.graph.output)
     found = [] if is_part(path) else list(_missing_or_static(model, layers))
     found += [f"input {name} is declared, but its values reach no output." for name in dead_inputs(model)]
@@ -131,14 +130,10 @@ def _misplaced_weights(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterat
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     wrong = []
     for name, shape in expected_shapes(checkpoint.config).items():
-        tensor, source = stored.get(name), checkpoint.tensors[name]
+        tensor = stored.get(name)
         if tensor is None:
             wrong.append(f"{name} is not an initializer (it was folded or renamed)")
         elif tuple(tensor.dims) != shape:
             wrong.append(f"{name} has shape {tuple(tensor.dims)} instead of {shape}")
-        elif tensor.external_data and source.offset is not None:
-            actual, expected = location(tensor), (source.file.name, source.offset, source.nbytes)
-            if actual != expected:
-                wrong.append(f"{name} is read from {actual} instead of {expected}")
     if wrong:
         yield f"weights that are not the checkpoint's: {len(wrong)}, the first: {wrong[0]}; export again."

@@ -12,8 +12,8 @@ import onnx
 from onnx import helper
 from rich.table import Table
 
-from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.checkpoints.identity import open_export
+from glmtrt_helpers.core.onnx_file import location as location
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ class GraphSummary:
 def summarize(onnx_path: str | Path) -> GraphSummary:
     """Count what a graph holds, from the file and the sizes of the shards it points into.
 
-    Raises WorkbookError for a missing file, one that is not ONNX, and for weights that are not where it says.
+    Raises WorkbookError as `open_export` does: for a missing file, one that is not ONNX, and for weights that are not
+    where it says.
     """
     path = Path(onnx_path)
-    model = load_graph(path)
-    check_weights(path, model)
+    export = open_export(path)
+    model = export.model
     kinds = Counter(node.op_type for node in model.graph.node)
     weights = [tensor for tensor in model.graph.initializer if _is_weight(tensor)]
     return GraphSummary(
@@ -71,7 +72,7 @@ def summarize(onnx_path: str | Path) -> GraphSummary:
         opset=next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
         nodes=dict(kinds.most_common()),
         parameters=sum(_elements(tensor) for tensor in weights),
-        weight_bytes=sum(location(tensor)[2] for tensor in weights if tensor.external_data),
+        weight_bytes=sum(tensor.nbytes for tensor in export.external),
         file_bytes=path.stat().st_size,
         inputs=[describe(value) for value in true_inputs(model)],
         outputs=[describe(value) for value in model.graph.output],
@@ -97,29 +98,3 @@ def _is_weight(tensor: onnx.TensorProto) -> bool:
 
 def _elements(tensor: onnx.TensorProto) -> int:
     return math.prod(tensor.dims)
-
-
-def location(tensor: onnx.TensorProto) -> tuple[str, int, int]:
-    """(file name, offset, bytes) of a tensor whose data are outside the graph."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    nbytes = _elements(tensor) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", nbytes))
-
-
-def check_weights(path: Path, model: onnx.ModelProto) -> None:
-    """Raise WorkbookError unless every weight outside the graph lies within an existing file."""
-    for tensor in model.graph.initializer:
-        if not tensor.external_data:
-            continue
-        file, offset, length = location(tensor)
-        shard = path.parent / file
-        if not shard.is_file():
-            raise WorkbookError(
-                f"{shard} is missing, but {path.name} keeps {tensor.name!r} in it: put the graph back "
-                "into its checkpoint's folder, or export it again."
-            )
-        if offset + length > shard.stat().st_size:
-            raise WorkbookError(
-                f"{shard} ends at byte {shard.stat().st_size:,}, but {path.name} expects {tensor.name!r} up to byte "
-                f"{offset + length:,}: the shard was truncated or replaced since the export, export again."
-            )

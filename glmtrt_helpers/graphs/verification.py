@@ -13,15 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.checkpoints.code_hash import code_sha256
 from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.checkpoints.identity import open_export
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs.checks import problems
 from glmtrt_helpers.graphs.reference import CASES, Case, Reference, fit, references, run_tensors
-from glmtrt_helpers.graphs.summary import check_weights
 from glmtrt_helpers.graphs.tolerances import largest_error, tolerance
 from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.onnxruntime import plain_session
@@ -119,16 +117,7 @@ def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | N
     if dtype not in DTYPES:
         raise WorkbookError(f"{dtype!r} is not a precision of this workbook: choose one of {', '.join(DTYPES)}.")
     path = Path(onnx_path) if onnx_path else exporting.onnx_path(checkpoint, dtype)
-    model = load_graph(path)
-    check_weights(path, model)
-    exported_from = {entry.key: entry.value for entry in model.metadata_props}.get(exporting.CODE_KEY)
-    # A file without that entry can only be judged by its age.
-    newer = path.stat().st_mtime >= checkpoint.code.stat().st_mtime
-    if not (exported_from == code_sha256(checkpoint.code) if exported_from else newer):
-        raise WorkbookError(
-            f"{path} was exported from another version of {checkpoint.code.name}, which was "
-            f"patched or replaced since: run notebook 03_export_onnx or `glmtrt export {checkpoint.directory}` again."
-        )
+    model = open_export(path, whole=True).model
     layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
     shapes = expected_shapes(checkpoint.config)
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]

@@ -17,7 +17,7 @@ import onnx
 from onnx import helper
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.core.artifacts import missing_graph
+from glmtrt_helpers.checkpoints.identity import open_export
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.inputs.names import PAST
@@ -35,7 +35,7 @@ class OrtSession(Session):
     """A bare ONNX Runtime session, on the CPU unless `providers` say otherwise.
 
     optimize: ONNX Runtime's default optimisations copy fp16 weights into fp32; without them the weights stay mapped.
-    Raises WorkbookError for a graph that is missing or that ONNX Runtime does not load.
+    Raises WorkbookError as `open_export` does, and for a graph that ONNX Runtime does not load.
     """
 
     backend = "ort"
@@ -46,8 +46,7 @@ class OrtSession(Session):
         import onnxruntime  # slow to import, and absent where only TensorRT runs
 
         path = Path(path)
-        if not path.exists():
-            raise WorkbookError(missing_graph(path))
+        open_export(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, not printed as well
         if not optimize:

@@ -37,6 +37,8 @@ def test_reasons_name_what_is_missing(checkpoint: Checkpoint) -> None:
     plan.write_bytes(plan.read_bytes()[:-1])
     assert backends.best_backend(checkpoint) == ("ort", backends.unavailable(checkpoint)["tensorrt"])
     assert "is truncated" in backends.unavailable(checkpoint)["tensorrt"]
+    checkpoint.code.write_text(checkpoint.code.read_text() + "\n")
+    assert "another version of modeling_chatglm.py" in backends.unavailable(checkpoint)["ort"]
     (checkpoint.directory / "model.fp16.onnx").unlink()
     assert "03_export_onnx" in backends.unavailable(checkpoint)["ort"]
     assert backends.best_backend(checkpoint)[0] == "torch"

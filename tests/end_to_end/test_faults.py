@@ -351,7 +351,11 @@ def test_a_merged_lora_is_a_checkpoint_like_any_other(tiny_random: Path, tmp_pat
     assert len(changed) == 2 and all(name.endswith("query_key_value.weight") for name in changed)
     assert glmtrt("patch", tiny_random) == glmtrt("export", tiny_random) == (0, [])
     assert verification.verify(open_checkpoint(tiny_random)).ok
-    shutil.copyfile(tiny_random / "model.fp16.onnx", base / "model.fp16.onnx")  # the graph holds no weights
+    shutil.copyfile(tiny_random / "model.fp16.onnx", base / "model.fp16.onnx")
+    shutil.copyfile(tiny_random / CODE_NAME, base / CODE_NAME)
+    with pytest.raises(WorkbookError, match=r"safetensors is not the file that model.fp16.onnx was made from"):
+        answer(base)
+    assert glmtrt("export", base) == (0, [])
     assert np.abs(answer(tiny_random) - answer(base)).max() > 0.1
 
 

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from support.exporting import editing, exported_copy
 
+from glmtrt_helpers.checkpoints import identity
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
@@ -34,7 +35,7 @@ def test_a_real_engine_with_two_profiles(checkpoint: Checkpoint, dtype: str) -> 
     report = build_engine(checkpoint, dtype, profiles, progress=lambda *step: steps.append(step))
     assert report.plan == checkpoint.directory / f"model.{dtype}.plan"
     assert report.plan.stat().st_size == report.info.plan_bytes > checkpoint.weight_bytes
-    assert plan_info.file_blake3(report.plan) == report.info.plan_blake3
+    assert identity.file_blake3(report.plan) == report.info.plan_blake3
     assert plan_info.open_plan(checkpoint, report.plan) == report.info and report.info.profiles == profiles
     assert {p.name for p in checkpoint.directory.iterdir()} - before == {report.plan.name, report.plan.name + ".json"}
     # Progress comes from TensorRT: phases with their steps, each in order and to its end.
@@ -65,10 +66,15 @@ def test_weights_are_really_read_from_the_shards(checkpoint: Checkpoint, monkeyp
     assert tensor.offset is not None
     data = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
     assert data in report.plan.read_bytes()
+    export = identity.open_export(checkpoint.directory / "model.fp16.onnx")
     tensor.file.rename(tensor.file.with_suffix(".away"))
+    with pytest.raises(WorkbookError, match=r"safetensors is missing, and model.fp16.onnx was made from it"):
+        build_engine(checkpoint, "fp16")
+    # Removed after the checks, which read the shards before TensorRT does.
+    monkeypatch.setattr(builder, "open_export", lambda *_, **__: export)
     with pytest.raises(WorkbookError, match="safetensors was removed while it was being read"):
         build_engine(checkpoint, "fp16")
-    for name in ("engine_weights", "check_room"):  # which read the shards before TensorRT does
+    for name in ("engine_weights", "check_room"):
         monkeypatch.setattr(builder, name, lambda *_: 1)
     with pytest.raises(WorkbookError, match="cannot be parsed by TensorRT"):
         build_engine(checkpoint, "fp16")

@@ -91,7 +91,7 @@ FAULTS: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
     "another ONNX": (change_onnx, "built from another model.fp16.onnx than the one next to it"),
     "no ONNX": (lambda c: (c.directory / "model.fp16.onnx").unlink(), "built from another model.fp16.onnx"),
     "another source": (lambda c: c.code.write_text(c.code.read_text() + "\n"), "another version of modeling_chatglm"),
-    "other weights": (retrain, "built from other weights than those in"),
+    "other weights": (retrain, "its content differs: export with"),
     "no JSON": (delete_json, r"plan.json is missing, so nothing is"),
     "another format": (lambda c: edit(c, format=99), r"plan.json cannot be read \(ValueError: format 99\)"),
     "half a JSON": (halve_json, "cannot be read"),

@@ -1,5 +1,6 @@
 """The fast decoder: the same numbers as the checkpoint's own code, from the same weights, in another arrangement."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.exporting import exported_copy
 
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.checkpoints.working_copy import make_working_copy
@@ -106,10 +108,12 @@ def test_inspect_finds_nothing_in_a_part_but_what_is_there(walked: Checkpoint, t
         assert not problems(part_path(walked, "fp16", part))
     model = load(walked, "middle")
     model.graph.input.append(onnx.helper.make_tensor_value_info("idle", onnx.TensorProto.FLOAT, [1]))
-    onnx.save(model, tmp_path / "model.fp16.fast.middle.onnx")
-    assert problems(tmp_path / "model.fp16.fast.middle.onnx") == [
-        "input idle is declared, but its values reach no output."
-    ]
+    path = shutil.copytree(walked.directory, tmp_path / "copy") / "model.fp16.fast.middle.onnx"
+    onnx.save(model, path)
+    assert problems(path) == ["input idle is declared, but its values reach no output."]
+    (path.parent / CODE_NAME).unlink()
+    with pytest.raises(WorkbookError, match=f"{CODE_NAME} is missing, and model.fp16.fast.middle.onnx was made from"):
+        problems(path)
 
 
 def test_choices_are_those_of_the_logits(walked: Checkpoint) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import parser
-from support.exporting import editing, path_of, shift_weight
+from support.exporting import editing, path_of
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.onnx_file import load_graph
@@ -101,16 +101,11 @@ def test_operators_that_tensorrt_refuses_are_named(tmp_path: Path, body: str, sa
     assert bool(found) == bool(says) and says in " ".join(found)
 
 
-def test_weights_of_another_place_or_name_are_problems(checkpoint: Checkpoint) -> None:
-    name = "transformer.layers.1.mlp.dense_4h_to_h.weight"
-    with editing(path_of(checkpoint)) as model:
-        shift_weight(name, 2)(model)
-    (sentence,) = problems(path_of(checkpoint), checkpoint)
-    assert sentence.startswith("weights that are not the checkpoint's: 1, the first: ") and name in sentence
+def test_weights_of_another_name_or_shape_are_problems(checkpoint: Checkpoint) -> None:
     with editing(path_of(checkpoint, "fp32")) as model:
         next(tensor for tensor in model.graph.initializer if tensor.name == "lm_head.weight").name = "folded"
     (sentence,) = problems(path_of(checkpoint, "fp32"), checkpoint)
-    assert "lm_head.weight is not an initializer" in sentence
+    assert sentence.startswith("weights that are not the checkpoint's: 1, the first: lm_head.weight is not an init")
     # What is stored in a shard is a parameter under any name.
     assert summarize(path_of(checkpoint, "fp32")).parameters == summarize(path_of(checkpoint)).parameters
     smaller = replace(checkpoint, config={**checkpoint.config, "inner_hidden_size": 128})

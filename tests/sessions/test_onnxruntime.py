@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support.exporting import exported_copy
 
@@ -64,5 +65,9 @@ def test_a_missing_or_broken_graph_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkbookError, match="03_export_onnx"):
         OrtSession(tmp_path / "model.fp16.onnx")
     (tmp_path / "model.fp16.onnx").write_bytes(b"garbage")
+    with pytest.raises(WorkbookError, match="is not an ONNX model"):
+        OrtSession(tmp_path / "model.fp16.onnx")
+    graph = '<ir_version: 8, opset_import: ["" : 18]> g (float x) => (float y) { y = NoSuchOperator(x) }'
+    onnx.save(onnx.parser.parse_model(graph), tmp_path / "model.fp16.onnx")
     with pytest.raises(WorkbookError, match="does not load"):
         OrtSession(tmp_path / "model.fp16.onnx")
