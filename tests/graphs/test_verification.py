@@ -1,6 +1,5 @@
 """Verification passes a correct graph and fails a wrong one."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
