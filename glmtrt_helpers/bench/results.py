@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core import records, tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 
@@ -106,11 +106,9 @@ def entry_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 def read_json(path: Path, again: str) -> Any:
     """The content of a saved file. again: how to make it, for the WorkbookError where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        return records.read(path, Any, again)
+    except FileNotFoundError:
         raise WorkbookError(f"{path} is missing: {again}.") from None
-    except ValueError as error:
-        raise WorkbookError(f"{path} is not JSON ({error}): {again}.") from None
 
 
 def about_run(content: dict[str, Any]) -> str:

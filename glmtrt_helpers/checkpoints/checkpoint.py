@@ -107,8 +107,48 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             f"{directory / CODE_NAME} is missing: it comes with the checkpoint and defines the model, copy it there."
         )
     tensors = shards.locate_tensors(directory)
+    _check_others(directory, config, tensors)
     _check_shapes(directory, config, tensors)
     return Checkpoint(directory, config, tensors)
+
+
+# What the names of tensors that the model does not read say about a checkpoint.
+_OTHERS = {
+    ".lora_": "of a LoRA that was not merged, so that the weights are not those of any model: merge it and save again",
+    "_scale": "of quantised weights: take the fp16 checkpoint",
+    "transformer.layers.": "of a layer that config.json does not have: take both from one checkpoint",
+}
+
+
+def _unread(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Stored names that the model does not read; inv_freq, which is computed, is stored with its weights."""
+    return sorted(name for name in tensors.keys() - expected_shapes(config).keys() if not name.endswith("inv_freq"))
+
+
+def _check_others(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    for name in _unread(config, tensors):
+        for part, says in _OTHERS.items():
+            if part in name:
+                raise WorkbookError(f"{tensors[name].file} holds {name!r}, {says}.")
+    expected = (int(config["hidden_size"]) // int(config["num_attention_heads"]) // 4,)
+    for name, tensor in tensors.items():
+        if name.endswith("inv_freq") and tensor.shape != expected:
+            raise WorkbookError(
+                f"{tensor.file}: {name!r} has shape {tensor.shape}, and {config['num_attention_heads']} heads call for "
+                f"{expected}: num_attention_heads in config.json is that of another checkpoint."
+            )
+
+
+def unread_note(checkpoint: Checkpoint) -> str:
+    """What lies in a checkpoint's folder and has no effect on the model; "" where there is nothing of that kind."""
+    adapter = checkpoint.directory / "adapter_config.json"
+    if adapter.exists():
+        return f"{adapter} describes an adapter, which is not applied: merge it into the weights to use it."
+    unread = _unread(checkpoint.config, checkpoint.tensors)
+    if not unread:
+        return ""
+    more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+    return f"{checkpoint.directory} holds {unread[0]!r}{more}, which this model does not read."
 
 
 def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.records import check_regular
 from glmtrt_helpers.core.text import tell
 
 CODE_NAME = "modeling_chatglm.py"
@@ -57,9 +58,11 @@ def check_auto_map(directory: Path) -> None:
     `auto_map`. "owner/name--module.Class" is a class of another repository.
     """
     for file in sorted(directory.glob("*.json")):
+        check_regular(file)
         try:
+            # not `records.read`, which refuses some of what transformers would read
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # transformers cannot read it either
         for reference in _references(content.get("auto_map") if isinstance(content, dict) else None):
             if not _LOCAL_CLASS.fullmatch(reference):

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
 
+_Id = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 RANDOM_KEY = "glmtrt_random"  # in the config.json of a checkpoint of random weights
+
+
+class _Config(msgspec.Struct):
+    """The fields that are computed with. The ids of special tokens have the order that they have in the tokenizer."""
+
+    num_layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    hidden_size: Annotated[int, msgspec.Meta(ge=4, le=2**17)]
+    num_attention_heads: Annotated[int, msgspec.Meta(ge=1, le=2**12)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=8, le=2**24)]
+    bos_token_id: _Id
+    mask_token_id: _Id
+    gmask_token_id: _Id
+    eos_token_id: _Id
+    pad_token_id: _Id
+    inner_hidden_size: Annotated[int, msgspec.Meta(ge=1, le=2**20)] | None = None
+    max_sequence_length: Annotated[int, msgspec.Meta(ge=4, le=2**20)] = 2048
+    layernorm_epsilon: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not make num_attention_heads {self.num_attention_heads} heads of "
+                "a multiple of 4, which the two rotary halves need"
+            )
+        for name, distance in (("eos", 1), ("gmask", -3), ("mask", -4)):
+            given, expected = getattr(self, f"{name}_token_id"), self.bos_token_id + distance
+            if given != expected:
+                raise ValueError(
+                    f"{name}_token_id is {given}, and beside bos_token_id {self.bos_token_id} the tokenizer has "
+                    f"{expected}"
+                )
+        if max(self.eos_token_id, self.pad_token_id) >= self.vocab_size:
+            raise ValueError(f"a token id lies beyond vocab_size {self.vocab_size}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of a ChatGLM-6B, completed where it is an old one; raises WorkbookError for any other model."""
+    again = "download it again"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = records.read(path, dict[str, Any], again)
     except FileNotFoundError:
         raise WorkbookError(f"{path} is missing: this folder is not a checkpoint, or its download stopped.") from None
-    except ValueError as error:
-        raise WorkbookError(f"{path} is not JSON ({error}): download it again.") from None
     _check_family(path, config)
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise WorkbookError(f"{path} has no usable {key!r} ({config.get(key)!r}): download it again.")
     # Configurations of March 2023 name <sop> and <eop> only; the order of the special tokens never changed.
     sop = config.setdefault("bos_token_id", 150004)
-    for key, value in (("mask", sop - 4), ("gmask", sop - 3), ("eos", sop + 1), ("pad", 3)):
-        config.setdefault(f"{key}_token_id", value)
+    if isinstance(sop, int):
+        for key, value in (("mask", sop - 4), ("gmask", sop - 3), ("eos", sop + 1), ("pad", 3)):
+            config.setdefault(f"{key}_token_id", value)
+    try:
+        records.convert(config, _Config)
+    except ValueError as error:
+        raise WorkbookError(f"{path} {error}: {again}.") from None
     return config
 
 

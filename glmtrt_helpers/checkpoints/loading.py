@@ -52,10 +52,10 @@ def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -
         mine = [name for name in names if checkpoint.tensors[name].file == file]
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
-                tensors |= {name: shard.get_tensor(name).to(dtype) for name in mine}
+                tensors |= {name: shard.get_tensor(checkpoint.tensors[name].name).to(dtype) for name in mine}
         else:
             state = shards.load_bin(file)
-            tensors |= {name: state[name].to(dtype) for name in mine}
+            tensors |= {name: state[checkpoint.tensors[name].name].to(dtype) for name in mine}
     return tensors
 
 

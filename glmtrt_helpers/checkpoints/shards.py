@@ -6,11 +6,14 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 
@@ -33,11 +36,35 @@ _BIN_DTYPES = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32"
 FLOATS = tuple(_BIN_DTYPES.values())
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+_LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number of torch.save before release 1.6, which wrote no archive
+_LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+_EMBEDDING, _HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+
+
+class _Index(msgspec.Struct):
+    """A shard index. Its `metadata` is of no use: writers disagree about what total_size counts."""
+
+    weight_map: dict[str, str]
+
+
+class _Entry(msgspec.Struct):
+    """One tensor in the header of a `.safetensors`. data_offsets: first byte and the one after the last."""
+
+    dtype: str
+    shape: Annotated[list[_Count], msgspec.Meta(max_length=8)]
+    data_offsets: tuple[_Count, _Count]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """One weight in its shard. offset: bytes from the start of the file; None in a `.bin`, which is an archive."""
+    """One weight in its shard. offset: bytes from the start of the file; None in a `.bin`, which is an archive.
+
+    name: in that shard.
+    """
 
     file: Path
+    name: str
     dtype: str  # "F16", "F32", "BF16", as safetensors writes it
     shape: tuple[int, ...]
     offset: int | None
@@ -45,7 +72,17 @@ class StoredTensor:
 
 
 def locate_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every weight of a checkpoint directory; raises WorkbookError for an absent, truncated or damaged shard."""
+    """Every weight of a checkpoint directory; raises WorkbookError for an absent, truncated or damaged shard.
+
+    An lm_head that is not stored is the embedding: safetensors stores tensors that share memory once.
+    """
+    tensors = _stored_tensors(directory)
+    if _EMBEDDING in tensors:
+        tensors.setdefault(_HEAD, tensors[_EMBEDDING])
+    return tensors
+
+
+def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     for index_name, single_name in _LAYOUTS:
         index_file, single_file = directory / index_name, directory / single_name
         if index_file.exists():
@@ -57,14 +94,14 @@ def locate_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _through_index(index_file: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WorkbookError(f"{index_file} is not a shard index ({error!r}): download it again.") from None
+    weight_map = records.read(index_file, _Index, "it is to be a shard index, download it again").weight_map
+    suffix = Path(index_file.name.removesuffix(".index.json")).suffix
     headers: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise WorkbookError(f"{index_file} names a shard outside its folder, {shard!r}: download the index again.")
+        if "/" in shard or "\0" in shard or not shard.endswith(suffix) or len(shard) > 255:
+            raise WorkbookError(
+                f"{index_file} names {shard[:80]!r}, which is no {suffix} file of its folder: download the index again."
+            )
         file = index_file.parent / shard
         if not file.exists():
             raise WorkbookError(f"{file} is missing, but {index_file.name} names it: download that shard.")
@@ -80,6 +117,7 @@ def _through_index(index_file: Path) -> dict[str, StoredTensor]:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """What one shard holds. Reads the header of a `.safetensors`, maps a `.bin` without its data."""
+    records.check_regular(file)
     return _safetensors_header(file) if file.suffix == ".safetensors" else _bin_header(file)
 
 
@@ -93,15 +131,16 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file} is truncated or damaged: its header would end at byte {length + 8:,} of {size:,}; "
                 "download it again."
             )
+        if length > _LARGEST_HEADER:
+            raise WorkbookError(f"{file} is damaged: its header would have {length:,} bytes; download it again.")
         raw = stream.read(length)
     try:
-        header: dict[str, Any] = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(file, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WorkbookError(
-            f"{file} has a damaged header ({type(error).__name__}: {error}): download it again."
-        ) from None
+        entries = records.decode(raw, dict[str, msgspec.Raw])
+        entries.pop("__metadata__", None)
+        tensors = {name: _stored(file, name, 8 + length, entry) for name, entry in entries.items()}
+        _check_places(tensors.values(), 8 + length)
+    except ValueError as error:
+        raise WorkbookError(f"{file} has a damaged header ({error}): download it again.") from None
     end = max((tensor.offset or 0) + tensor.nbytes for tensor in tensors.values()) if tensors else 8 + length
     if end != size:
         raise WorkbookError(
@@ -110,12 +149,22 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _stored(file: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    if math.prod(shape) * _WIDTHS[entry["dtype"]] != end - begin:
-        raise ValueError(f"{end - begin} bytes for {shape} of {entry['dtype']}")
-    return StoredTensor(file, entry["dtype"], shape, data_start + begin, end - begin)
+def _stored(file: Path, name: str, data_start: int, raw: msgspec.Raw) -> StoredTensor:
+    entry = records.decode(bytes(raw), _Entry)
+    begin, end = entry.data_offsets
+    if entry.dtype not in _WIDTHS:
+        raise ValueError(f"{name!r} has the dtype {entry.dtype!r}, which is not known here")
+    if math.prod(entry.shape) * _WIDTHS[entry.dtype] != end - begin:
+        raise ValueError(f"{name!r} has {end - begin} bytes for {tuple(entry.shape)} of {entry.dtype}")
+    return StoredTensor(file, name, entry.dtype, tuple(entry.shape), data_start + begin, end - begin)
+
+
+def _check_places(tensors: Collection[StoredTensor], start: int) -> None:
+    """Tensors fill a shard from the header to its end: a gap or an overlap means that offsets were moved."""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset or 0, tensor.nbytes)):
+        if tensor.offset != start:
+            raise ValueError(f"{tensor.name!r} begins at byte {tensor.offset or 0:,} and not at {start:,}")
+        start += tensor.nbytes
 
 
 def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
@@ -125,6 +174,12 @@ def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
     """
     import torch  # safetensors headers are read without it
 
+    with file.open("rb") as stream:
+        if _LEGACY in stream.read(32):
+            raise WorkbookError(
+                f"{file} has the format of PyTorch before 1.6, which cannot be mapped into memory: save it again, with "
+                "torch.save(torch.load(file, weights_only=True), file)."
+            )
     try:
         if shapes_only:
             return torch.load(file, map_location="meta", weights_only=True)
@@ -144,12 +199,21 @@ def load_bin(file: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
 
 
 def _bin_header(file: Path) -> dict[str, StoredTensor]:
-    tensors = load_bin(file, shapes_only=True)
+    state: Any = load_bin(file, shapes_only=True)
+    if not isinstance(state, dict) or not any(hasattr(tensor, "nbytes") for tensor in state.values()):
+        inner = [key for key, value in state.items() if isinstance(value, dict)] if isinstance(state, dict) else []
+        where = f"; they may be under {inner[0]!r}: save that part alone, with torch.save" if inner else ""
+        raise WorkbookError(f"{file} holds no weights by name{where}.")
     return {
-        name: StoredTensor(
-            file, _BIN_DTYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape), None, tensor.nbytes
+        str(name): StoredTensor(
+            file,
+            str(name),
+            _BIN_DTYPES.get(str(tensor.dtype), str(tensor.dtype)),
+            tuple(tensor.shape),
+            None,
+            tensor.nbytes,
         )
-        for name, tensor in tensors.items()
+        for name, tensor in state.items()
         if hasattr(tensor, "nbytes")
     }
 
@@ -161,7 +225,7 @@ def to_safetensors(directory: str | Path, progress: Callable[[str], None] = lamb
     then is the checkpoint read as safetensors. It takes the size of the weights on the disk again, and no memory.
     """
     directory = Path(directory)
-    stored = locate_tensors(directory)
+    stored = _stored_tensors(directory)
     sources = sorted({tensor.file for tensor in stored.values()})
     weight_map: dict[str, str] = {}
     for number, source in enumerate(sources, 1):

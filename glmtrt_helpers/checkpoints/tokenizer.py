@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.records import check_regular
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 PAD_ID = 3
@@ -50,12 +52,13 @@ def complete_model(proto: sentencepiece_model_pb2.ModelProto) -> None:
 def _read_model(path: Path) -> sentencepiece_model_pb2.ModelProto:
     proto = sentencepiece_model_pb2.ModelProto()
     try:
+        check_regular(path)
         proto.ParseFromString(path.read_bytes())
     except FileNotFoundError:
         raise WorkbookError(
             f"{path} is missing: copy the checkpoint's sentencepiece model there, it comes with the download."
         ) from None
-    except Exception as error:
+    except DecodeError as error:
         raise WorkbookError(f"{path} is not a sentencepiece model ({error}): download it again.") from None
     if len(proto.pieces) <= NEWLINE_ID or proto.pieces[NEWLINE_ID].piece != "<n>":
         raise WorkbookError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import is_temporary, replacing
 
@@ -109,10 +110,10 @@ def _claim(source: Path, target: Path, files: Collection[str]) -> set[str]:
 def _read_marker(target: Path) -> set[str]:
     """The mirrored names; a marker that somebody damaged names none, so nothing is removed."""
     try:
-        names = json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]
-        return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
-    except (ValueError, KeyError, TypeError):
+        names = records.read(target / MARKER, dict[str, list[str]], "copy again").get("files", [])
+    except WorkbookError:
         return set()
+    return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
 
 
 def _write_marker(target: Path, names: Collection[str]) -> None:

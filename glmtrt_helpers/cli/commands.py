@@ -90,7 +90,7 @@ def copy(
 
     It is models/run/NAME; every later step reads and writes there.
     """
-    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint, unread_note
     from glmtrt_helpers.checkpoints.working_copy import hard_links_note, make_working_copy
     from glmtrt_helpers.core.display import print_table
 
@@ -99,6 +99,7 @@ def copy(
     columns = ["working copy", "layers", "hidden", "tensors", "bytes of weights"]
     row = (str(target), opened.num_layers, opened.hidden_size, len(opened.tensors), opened.weight_bytes)
     print_table(columns, [row])
+    _say_note(unread_note(opened))
     _say_note(hard_links_note(opened))
 
 
@@ -207,7 +208,7 @@ def export(
 
     The weights stay where they are: the graph refers to the bytes in the checkpoint's shards.
     """
-    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint, unread_note
     from glmtrt_helpers.checkpoints.working_copy import hard_links_note
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.export import exporting
@@ -222,7 +223,9 @@ def export(
     print_table(
         columns, [(str(w.path), w.file_bytes, w.referred_bytes, sum(w.nodes.values()), w.seconds) for w in written]
     )
-    _say_note(hard_links_note(open_checkpoint(directory)))
+    checkpoint = open_checkpoint(directory)  # with the shards that the export may have made
+    _say_note(unread_note(checkpoint))
+    _say_note(hard_links_note(checkpoint))
 
 
 @app.command()

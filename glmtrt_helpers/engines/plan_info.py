@@ -10,19 +10,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.identity import Origin, check_origin, file_blake3
-from glmtrt_helpers.core import tensorrt_package
+from glmtrt_helpers.core import records, tensorrt_package
 from glmtrt_helpers.core.artifacts import cli_options, is_part
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.core.tensorrt_package import Package
 from glmtrt_helpers.engines.profiles import Profile
 
-FORMAT = 3  # of the JSON
+FORMAT: Literal[3] = 3  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Tensor:
     """
 
     name: str
-    mode: str
+    mode: Annotated[str, msgspec.Meta(pattern="^(input|output)$")]
     dtype: str
     shape: list[int]
     profiles: list[list[list[int]]] = field(default_factory=list)
@@ -48,16 +49,22 @@ class PlanInfo:
     version: str
     compute_capabilities: list[str]
     options: list[str]
-    dtype: str
+    dtype: Annotated[str, msgspec.Meta(pattern="^fp(16|32)$")]
     profiles: list[Profile]
     tensors: list[Tensor]
     onnx: str
     onnx_blake3: str
     origin: Origin
-    plan_bytes: int
+    plan_bytes: Annotated[int, msgspec.Meta(ge=0)]
     plan_blake3: str
     seconds: float
-    format: int = FORMAT
+    format: Literal[3] = FORMAT
+
+    def __post_init__(self) -> None:
+        if "/" in self.onnx or any(
+            tensor.profiles and len(tensor.profiles) != len(self.profiles) for tensor in self.tensors
+        ):
+            raise ValueError("its parts contradict each other")
 
     @property
     def version_compatible(self) -> bool:
@@ -90,17 +97,9 @@ def read_info(plan: Path) -> PlanInfo:
         raise WorkbookError(f"{plan} is missing: {again}.")
     path = info_path(plan)
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        if entry["format"] != FORMAT:
-            raise ValueError(f"format {entry['format']}")
-        entry["profiles"] = [Profile.from_dict(profile) for profile in entry["profiles"]]
-        entry["tensors"] = [Tensor(**tensor) for tensor in entry["tensors"]]
-        entry["origin"] = msgspec.convert(entry["origin"], Origin)
-        return PlanInfo(**entry)
+        return records.read(path, PlanInfo, again)
     except FileNotFoundError:
         raise WorkbookError(f"{path} is missing, so nothing is known of {plan.name}: {again}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise WorkbookError(f"{path} cannot be read ({type(error).__name__}: {error}): {again}.") from None
 
 
 def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
@@ -37,19 +37,23 @@ class Range:
     opt: int
     max: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"{self.min}, {self.opt}, {self.max} are not the smallest, typical and largest size")
+
     @classmethod
     def parse(cls, text: str, smallest: int = 1) -> Range:
         """Read "1,64,512" as min, opt, max. Raises WorkbookError for other text, and a min below `smallest`."""
         try:
-            sizes = [int(part) for part in text.split(",")]
-            if len(sizes) != 3 or not smallest <= sizes[0] <= sizes[1] <= sizes[2]:
-                raise ValueError
-        except ValueError:
+            sizes = cls(*(int(part) for part in text.split(",")))
+        except (TypeError, ValueError):
+            sizes = None
+        if sizes is None or sizes.min < smallest:
             raise WorkbookError(
                 f"{text!r} is not a range: give the smallest (at least {smallest}), the typical and the largest size, "
                 "as in 1,64,512."
-            ) from None
-        return cls(*sizes)
+            )
+        return sizes
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max
@@ -63,11 +67,6 @@ class Profile:
     batch: Range
     sequence: Range
     past: Range
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Profile:
-        """The profile of which `entry` is `dataclasses.asdict`."""
-        return cls(entry["name"], *(Range(**entry[key]) for key in ("batch", "sequence", "past")))
 
     def covers(self, batch: int, sequence: int, past: int) -> bool:
         return batch in self.batch and sequence in self.sequence and past in self.past

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.inputs.names import STEP_INPUTS, past_names
@@ -21,7 +22,7 @@ RECORD_NAME = "inputs.json"
 class Call:
     """One recorded call of forward: shapes and dtypes of its tensors by name, and the values of positions and mask."""
 
-    kind: str  # "prefill" or "decode"
+    kind: Literal["prefill", "decode"]
     shapes: dict[str, list[int]]
     dtypes: dict[str, str]
     position_ids: list[Any] = field(default_factory=list)
@@ -91,4 +92,8 @@ def load_record(checkpoint: Checkpoint) -> list[Call]:
         raise WorkbookError(
             f"{path} is missing: run notebook 01_debug_forward_inputs or `glmtrt inputs {path.parent}`."
         )
-    return [Call(**call) for call in json.loads(path.read_text(encoding="utf-8"))]
+    calls = records.read(path, list[Call], f"record it again with `glmtrt inputs {path.parent}`")
+    for call in calls:
+        if len(call.shapes.get("input_ids", [])) != 2:
+            raise WorkbookError(f"{path} has a call without input_ids of two axes: record it again.")
+    return calls

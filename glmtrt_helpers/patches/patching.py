@@ -9,15 +9,18 @@ later families share class names but not these statements, and are refused.
 
 import difflib
 import itertools
-import json
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.python_source import naming, read_source
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
@@ -208,14 +211,16 @@ def _read(directory: str | Path) -> tuple[Path, str]:
     return path, read_source(path)
 
 
+class _Length(msgspec.Struct):
+    max_sequence_length: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 2048
+
+
 def _max_length(config: Path) -> int:
+    """Of a folder that may hold no more of a checkpoint than its source and its configuration."""
     try:
-        length = json.loads(config.read_text(encoding="utf-8")).get("max_sequence_length", 2048)
-    except (OSError, ValueError, AttributeError):
-        raise WorkbookError(f"{config} is missing or not JSON: copy it from the checkpoint again.") from None
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise WorkbookError(f"{config}: max_sequence_length is {length!r}, a whole number above 0 is expected.")
-    return length
+        return records.read(config, _Length, "copy it from the checkpoint again").max_sequence_length
+    except FileNotFoundError:
+        raise WorkbookError(f"{config} is missing: copy it from the checkpoint again.") from None
 
 
 def _is_backup(backup: Path, source: str, max_length: int) -> bool:

@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.checkpoints.remote_code import inv_freq
 from glmtrt_helpers.checkpoints.tokenizer import SPECIAL_TOKENS, complete_model
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import is_temporary, remove_stale, temporary_path
 
@@ -97,8 +98,8 @@ def _check_replaceable(directory: Path) -> None:
         raise WorkbookError(f"{directory} is a file: give a new folder for the checkpoint.")
     present = [path.name for path in directory.iterdir() if not is_temporary(path)]
     try:
-        name = str(json.loads((directory / "config.json").read_text(encoding="utf-8"))["_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+        name = str(records.read(directory / "config.json", dict[str, Any], "").get("_name_or_path"))
+    except (FileNotFoundError, WorkbookError):
         name = ""
     others = [each for each in present if not _FILES.fullmatch(each)]
     if present and (others or not name.startswith(NAME_PREFIX)):

@@ -5,7 +5,9 @@ import os
 import pickle
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,18 +41,6 @@ def test_refuses_damaged_header(tiny_random: Path) -> None:
     assert SHARD in refusal(tiny_random)
 
 
-def test_refuses_header_whose_shape_and_bytes_disagree(tiny_random: Path) -> None:
-    shard = tiny_random / SHARD
-    raw = shard.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + length])
-    first = next(name for name in header if name != "__metadata__")
-    header[first]["shape"][0] += 1
-    text = json.dumps(header).encode()
-    shard.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-    assert "damaged header" in refusal(tiny_random)
-
-
 def test_header_of_an_empty_shard(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({}, file)
@@ -64,9 +54,88 @@ def test_refuses_index_that_leaves_its_folder_or_names_an_absent_tensor(tiny_ran
     index.write_text(json.dumps({"weight_map": wrong_shard}))
     assert "does not hold 'lm_head.weight'" in refusal(tiny_random)
     index.write_text(json.dumps({"weight_map": dict(wrong_shard, **{"lm_head.weight": "../x.safetensors"})}))
-    assert "outside its folder" in refusal(tiny_random)
-    index.write_text("{")
-    assert "not a shard index" in refusal(tiny_random)
+    assert "no .safetensors file of its folder" in refusal(tiny_random)
+    for shard in ("/etc/passwd", "..", "", "a\0b.safetensors", "a" * 300 + ".safetensors", "config.json", "x.bin"):
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+        assert "names " in refusal(tiny_random)
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"):
+        index.write_text(text)
+        assert "it is to be a shard index" in refusal(tiny_random)
+
+
+def rewrite_header(shard: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the header of a shard, and leave its data."""
+    raw = shard.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    changed = change(header)
+    text = json.dumps(header if changed is None else changed).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def first(header: dict[str, Any]) -> dict[str, Any]:
+    return header[min((n for n in header if n != "__metadata__"), key=lambda name: header[name]["data_offsets"])]
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a larger shape": lambda h: first(h)["shape"].__setitem__(0, 10**6),
+    "a negative size": lambda h: first(h)["shape"].__setitem__(0, -1),
+    "a size that is no number": lambda h: first(h)["shape"].__setitem__(0, "2"),
+    "a float": lambda h: first(h)["data_offsets"].__setitem__(1, 1.5),
+    "an unknown dtype": lambda h: first(h).__setitem__("dtype", "Q4"),
+    "no dtype": lambda h: first(h).pop("dtype"),
+    "one offset": lambda h: first(h)["data_offsets"].pop(),
+    "an overlap": lambda h: [e.__setitem__("data_offsets", [0, e["data_offsets"][1] - e["data_offsets"][0]])
+                             for n, e in h.items() if n != "__metadata__"] and None,
+    "moved by two bytes": lambda h: [e.__setitem__("data_offsets", [o + 2 for o in e["data_offsets"]])
+                                     for n, e in h.items() if n != "__metadata__"] and None,
+    "a tensor less": lambda h: h.pop(next(n for n in h if n != "__metadata__")) and None,
+    "a list": lambda h: [h],
+    "a tensor that is null": lambda h: h.__setitem__("x", None),
+    "nine dimensions": lambda h: first(h).__setitem__("shape", [1] * 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_refuses_a_header_that_is_not_that_of_its_data(tiny_random: Path, change: str) -> None:
+    rewrite_header(tiny_random / SHARD, CHANGES[change])
+    message = refusal(tiny_random)
+    assert SHARD in message and ("damaged header" in message or "header calls for" in message), message
+
+
+def test_refuses_a_header_of_any_length(tiny_random: Path) -> None:
+    shard = tiny_random / SHARD
+    raw = shard.read_bytes()
+    for length in (0, 1, 2**40, 2**63, 2**64 - 1):
+        shard.write_bytes(struct.pack("<Q", length) + raw[8:])
+        assert SHARD in refusal(tiny_random)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", SHARD])
+def test_pipes_devices_and_pointers_are_called_by_their_names(tiny_random: Path, name: str) -> None:
+    file = tiny_random / name
+    file.unlink()
+    os.mkfifo(file)
+    assert "a pipe" in refusal(tiny_random)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert "a device" in refusal(tiny_random)
+    file.unlink()
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refusal(tiny_random)
+
+
+def test_an_old_and_a_nested_bin_are_called_by_their_names(tiny_random: Path) -> None:
+    to_bin(tiny_random)
+    shard = tiny_random / "pytorch_model-00001-of-00002.bin"
+    state = torch.load(shard, weights_only=True)
+    torch.save(state, shard, _use_new_zipfile_serialization=False)
+    assert "before 1.6" in refusal(tiny_random)
+    torch.save({"module": state, "step": 3}, shard)
+    assert "they may be under 'module'" in refusal(tiny_random)
+    for held in ([1], 3, {"a": 1}, {}):
+        torch.save(held, shard)
+        assert "holds no weights by name" in refusal(tiny_random)
 
 
 class Bomb:

@@ -42,7 +42,7 @@ def test_weights_are_read_as_they_are_stored(checkpoint: Checkpoint, tmp_path: P
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     tensor = torch.randn(3, 5).to(kinds[stored])
     (tmp_path / "shard").write_bytes(b"head" * 3 + tensor.view(torch.uint8).numpy().tobytes())
-    entry = StoredTensor(tmp_path / "shard", stored, (3, 5), 12, tensor.nbytes)
+    entry = StoredTensor(tmp_path / "shard", "weight", stored, (3, 5), 12, tensor.nbytes)
     odd = Checkpoint(tmp_path, checkpoint.config, {"weight": entry})
     for dtype in ("f2", "f4"):
         read = fast_session.read_weight(odd, "weight", np.dtype(dtype))
