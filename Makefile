@@ -2,6 +2,7 @@
 # make test              set up .venv, run the checks and all tests
 # make test STEP=export  the unit tests of one step and its notebook, nothing else
 # make test-fast         all tests except those marked notebook, browser or slow
+# make fuzz              fuzz the readers of every kind of file, 20,000 inputs each, about half an hour
 # make lint              ruff, mypy, and import-linter on the order of the folders
 # make screenshots       pictures of four notebooks as a browser shows them, in build/screenshots/
 # make test-trt-next     repeat the engine tests with the next TensorRT-RTX, in an environment of its own
@@ -26,7 +27,7 @@ endif
 NUMBER := $(patsubst $(STEP)-%,%,$(filter $(STEP)-%,$(NOTEBOOKS)))
 endif
 
-.PHONY: workbook test test-fast lint lab screenshots test-trt-next clean
+.PHONY: workbook test test-fast fuzz lint lab screenshots test-trt-next clean
 
 workbook: $(INSTALLED)
 	$(BIN)/glmtrt workbook --model $(MODEL) --output build/notebooks
@@ -41,6 +42,9 @@ endif
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not notebook and not browser and not slow"
+
+fuzz: $(INSTALLED)
+	GLMTRT_FUZZ=fuzz $(PYTEST) tests/fuzz
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

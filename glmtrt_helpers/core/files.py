@@ -30,7 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):
+        named = {str(name) for name in (error.filename, error.filename2) if name}
+        if named and str(temporary) not in named:
             raise  # of another file that the block works on
         raise WorkbookError(explain(error, path)) from error
     finally:

@@ -10,6 +10,7 @@ from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.engines import plan_info
 from glmtrt_helpers.engines.builder import build_engine
 from glmtrt_helpers.sessions.onnxruntime import OrtSession, SlicedOrtSession
 from glmtrt_helpers.sessions.pytorch import TorchSession
@@ -37,6 +38,10 @@ def test_reasons_name_what_is_missing(checkpoint: Checkpoint) -> None:
     plan.write_bytes(plan.read_bytes()[:-1])
     assert backends.best_backend(checkpoint) == ("ort", backends.unavailable(checkpoint)["tensorrt"])
     assert "is truncated" in backends.unavailable(checkpoint)["tensorrt"]
+    for damage in (b"{", b"[]", b'{"format": 3}', b"\xff\xfe"):
+        plan_info.info_path(plan).write_bytes(damage)
+        assert backends.best_backend(checkpoint)[0] == "ort"
+        assert "plan.json" in backends.unavailable(checkpoint)["tensorrt"], "a damaged JSON disables its backend alone"
     checkpoint.code.write_text(checkpoint.code.read_text() + "\n")
     assert "another version of modeling_chatglm.py" in backends.unavailable(checkpoint)["ort"]
     (checkpoint.directory / "model.fp16.onnx").unlink()

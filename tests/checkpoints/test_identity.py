@@ -8,8 +8,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.checkpoints import SHARD, to_bin
 from support.command_line import InProcess
@@ -20,7 +18,6 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.identity import CODE_KEY, SHARDS_KEY, open_export
 from glmtrt_helpers.core import processes
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.patches import patching
 
@@ -328,68 +325,3 @@ def test_shards_converted_from_bin_are_recorded(tiny_random: Path) -> None:
     path = exporting.export_model(open_checkpoint(tiny_random)).path
     origin = open_export(path, whole=True).origin
     assert origin is not None and all(name.endswith(".safetensors") for name in origin.shards)
-
-
-TEXTS = st.text(max_size=40) | st.sampled_from(["", "0", "-1", "/etc/passwd", "..", ".", SHARD, "1e3", "0x10", "\0"])
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    path = path_of(exported_copy(tmp_path_factory.mktemp("fuzzed")))
-    return path, path.read_bytes()
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    record=JSON.map(json.dumps) | TEXTS | st.none(),
-    pairs=st.none() | st.lists(st.tuples(st.sampled_from(["location", "offset", "length", "checksum", "x"]), TEXTS)),
-    dims=st.none() | st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3),
-    data_type=st.none() | st.integers(-1, 40),
-)
-def test_any_metadata_ends_in_a_refusal_or_in_the_right_graph(
-    fuzzed: tuple[Path, bytes], record: str | None, pairs: list | None, dims: list | None, data_type: int | None
-) -> None:
-    path, original = fuzzed
-    path.write_bytes(original)
-    model = load_graph(path)
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == WEIGHT)
-    if record is not None:
-        next(entry for entry in model.metadata_props if entry.key == SHARDS_KEY).value = record
-    if pairs is not None:
-        del tensor.external_data[:]
-        for key, value in pairs:
-            tensor.external_data.add(key=key, value=value)
-    if dims is not None:
-        tensor.dims[:] = dims
-    if data_type is not None:
-        tensor.data_type = data_type
-    path.write_bytes(model.SerializeToString())
-    try:
-        export = open_export(path)
-    except WorkbookError as error:
-        assert "export" in str(error)
-    else:
-        before = onnx.load_model_from_string(original).graph.initializer
-        assert [e.proto for e in export.external] == [t for t in before if t.external_data]
-
-
-@settings(max_examples=150, deadline=None)
-@given(at=st.floats(0, 1, exclude_max=True), new=st.binary(min_size=1, max_size=6))
-def test_any_bytes_end_in_a_refusal_or_in_a_graph_of_the_same_weights(
-    fuzzed: tuple[Path, bytes], at: float, new: bytes
-) -> None:
-    path, original = fuzzed
-    start = int(at * len(original))
-    path.write_bytes(original[:start] + new + original[start + len(new) :])
-    try:
-        export = open_export(path)
-    except WorkbookError:
-        return
-    checkpoint = open_checkpoint(path.parent)
-    for tensor in export.external:
-        assert any((tensor.file, tensor.offset) == (t.file, t.offset) for t in checkpoint.tensors.values())

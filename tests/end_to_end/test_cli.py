@@ -157,7 +157,6 @@ def test_inputs_of_a_few_layers_say_so(glmtrt: InProcess, tmp_path: Path) -> Non
         (("inspect", "no.onnx"), "no.onnx"),
         (("inspect", TINY / "config.json"), "config.json"),
         (("export", TINY), "02_patch_rotary_flatten"),
-        (("export", TINY, "--dtype", "int8"), "fp16 or fp32"),
         (("patch", TINY, "--restore"), "nothing to restore"),
     ],
 )

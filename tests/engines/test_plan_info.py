@@ -93,9 +93,11 @@ FAULTS: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
     "another source": (lambda c: c.code.write_text(c.code.read_text() + "\n"), "another version of modeling_chatglm"),
     "other weights": (retrain, "its content differs: export with"),
     "no JSON": (delete_json, r"plan.json is missing, so nothing is"),
-    "another format": (lambda c: edit(c, format=99), r"plan.json cannot be read \(ValueError: format 99\)"),
-    "half a JSON": (halve_json, "cannot be read"),
-    "an unknown key": (lambda c: edit(c, surprise=1), "cannot be read"),
+    "another format": (lambda c: edit(c, format=99), r"plan.json holds what is not expected there .*format"),
+    "half a JSON": (halve_json, "plan.json is not JSON"),
+    "a wrong type": (lambda c: edit(c, seconds="long"), r"\$\.seconds"),
+    "ranges that contradict": (lambda c: edit(c, profiles=[]), "contradict"),
+    "a graph elsewhere": (lambda c: edit(c, onnx="../model.fp16.onnx"), "contradict"),
     "no plan": (lambda c: plan_of(c).unlink(), "05_build_profiles or `glmtrt build"),
 }
 

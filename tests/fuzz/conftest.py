@@ -1,0 +1,21 @@
+"""How long to fuzz: a few seconds for each kind of file in `make test`, as long as it takes in `make fuzz`."""
+
+import os
+import resource
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+SHARED = {"deadline": 5000, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("test", max_examples=150, **SHARED)
+settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **SHARED)
+settings.load_profile(os.environ.get("GLMTRT_FUZZ", "test"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory() -> Iterator[None]:
+    """No file makes a reader take more than 500 MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
