@@ -273,7 +273,11 @@ def test_length_of_the_table_follows_the_configuration(tiny_random: Path) -> Non
             r"modeling_chatglm\.py: .*nor patched \(rotary_flatten",
         ),
         ("config.json", b"{", r"config\.json is not JSON"),
-        ("config.json", b'{"max_sequence_length": "2048"}', r"config\.json holds what is not expected there .*max_sequence_length"),
+        (
+            "config.json",
+            b'{"max_sequence_length": "2048"}',
+            r"config\.json holds what is not expected there .*max_sequence_length",
+        ),
     ],
 )
 def test_bad_files_are_one_clear_sentence(tiny_random: Path, file: str, content: bytes | None, words: str) -> None:
