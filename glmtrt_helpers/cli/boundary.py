@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> int:
     except typer.Exit as ended:
         return int(ended.exit_code)
     except usage_error as error:  # type: ignore[misc]
-        error.show()  # type: ignore[attr-defined]
+        error.show()
         return 2
     return 0
 
