@@ -45,14 +45,14 @@ class Tensor:
 class PlanInfo:
     """What the build recorded. compute_capabilities: empty if the plan runs on every GPU that the package supports."""
 
-    package: str
+    package: Annotated[str, msgspec.Meta(pattern="^tensorrt(-rtx)?$")]
     version: str
     compute_capabilities: list[str]
     options: list[str]
     dtype: Annotated[str, msgspec.Meta(pattern="^fp(16|32)$")]
     profiles: list[Profile]
     tensors: list[Tensor]
-    onnx: str
+    onnx: Annotated[str, msgspec.Meta(pattern=r"^[^/]+\.onnx\Z")]
     onnx_blake3: str
     origin: Origin
     plan_bytes: Annotated[int, msgspec.Meta(ge=0)]
@@ -61,9 +61,7 @@ class PlanInfo:
     format: Literal[3] = FORMAT
 
     def __post_init__(self) -> None:
-        if "/" in self.onnx or any(
-            tensor.profiles and len(tensor.profiles) != len(self.profiles) for tensor in self.tensors
-        ):
+        if any(tensor.profiles and len(tensor.profiles) != len(self.profiles) for tensor in self.tensors):
             raise ValueError("its parts contradict each other")
 
     @property
@@ -153,7 +151,7 @@ def check_plan(checkpoint: Checkpoint, plan: Path) -> tuple[Path, PlanInfo, Pack
 def _check_sources(checkpoint: Checkpoint, plan: Path, info: PlanInfo, again: str) -> None:
     """The graph, the source and the weights in the working copy are those that the plan was built from."""
     onnx = plan.parent / info.onnx
-    if not onnx.exists() or file_blake3(onnx) != info.onnx_blake3:
+    if not onnx.is_file() or file_blake3(onnx) != info.onnx_blake3:
         raise WorkbookError(f"{plan} was built from another {info.onnx} than the one next to it: {again}.")
     export = f"export with `glmtrt export {plan.parent}{cli_options(onnx)}`, then {again}"
     check_origin(info.origin, plan, checkpoint.directory, export)

@@ -124,6 +124,12 @@ def fit_to_record(checkpoint: Checkpoint, calls: Sequence[Call]) -> list[Profile
     if not prompts or not pasts:
         raise WorkbookError("the record holds no prefill or no decode: record a whole answer, notebook 01.")
     last = checkpoint.max_length - 1
+    for smallest, largest in ((prompts[0], prompts[-1]), (pasts[0], pasts[-1])):
+        if smallest < 1 or largest > last:
+            raise WorkbookError(
+                f"the record holds sizes of {smallest} to {largest}, and {checkpoint.directory} takes 1 to {last}: "
+                f"record a chat with it, `glmtrt inputs {checkpoint.directory}`."
+            )
 
     def fitted(sizes: Sequence[int]) -> Range:
         return Range(1, sizes[len(sizes) // 2], min(2 * sizes[-1], last))

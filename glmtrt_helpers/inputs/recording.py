@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.inputs.names import STEP_INPUTS, past_names
 
 RECORD_NAME = "inputs.json"
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Call:
     """One recorded call of forward: shapes and dtypes of its tensors by name, and the values of positions and mask."""
 
     kind: Literal["prefill", "decode"]
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[Size]]
     dtypes: dict[str, str]
     position_ids: list[Any] = field(default_factory=list)
     attention_mask: list[Any] = field(default_factory=list)
@@ -92,8 +94,13 @@ def load_record(checkpoint: Checkpoint) -> list[Call]:
         raise WorkbookError(
             f"{path} is missing: run notebook 01_debug_forward_inputs or `glmtrt inputs {path.parent}`."
         )
-    calls = records.read(path, list[Call], f"record it again with `glmtrt inputs {path.parent}`")
+    again = f"record it again with `glmtrt inputs {path.parent}`"
+    calls = records.read(path, list[Call], again)
+    axes = {"input_ids": 2, "past_key_values.0.key": 4}
     for call in calls:
-        if len(call.shapes.get("input_ids", [])) != 2:
-            raise WorkbookError(f"{path} has a call without input_ids of two axes: record it again.")
+        if "input_ids" not in call.shapes:
+            raise WorkbookError(f"{path} has a call without input_ids: {again}.")
+        for name, shape in call.shapes.items():
+            if len(shape) != axes.setdefault(name, len(shape)):
+                raise WorkbookError(f"{path} has a call where {name} has {len(shape)} axes, not {axes[name]}: {again}.")
     return calls

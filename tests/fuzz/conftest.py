@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,9 +14,12 @@ settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **SHARED
 settings.load_profile(os.environ.get("GLMTRT_FUZZ", "test"))
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _bounded_memory() -> Iterator[None]:
-    """No file makes a reader take more than 500 MB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """No file makes a reader take more than 500 MB: an allocation beyond that fails."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    used = int(status.split("VmData:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 500_000_000, before[1]))
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+    resource.setrlimit(resource.RLIMIT_DATA, before)
