@@ -61,8 +61,8 @@ class PlanInfo:
     format: Literal[3] = FORMAT
 
     def __post_init__(self) -> None:
-        is_name = self.onnx.endswith(".onnx") and "/" not in self.onnx
-        if not is_name or any(tensor.profiles and len(tensor.profiles) != len(self.profiles) for tensor in self.tensors):
+        profiles = {len(tensor.profiles) for tensor in self.tensors if tensor.profiles}
+        if not self.onnx.endswith(".onnx") or "/" in self.onnx or profiles - {len(self.profiles)}:
             raise ValueError("its parts contradict each other")
 
     @property
