@@ -77,7 +77,7 @@ def standin(
         return
     margins = train.build_standin(directory, seed=seed)
     written = sum(file.stat().st_size for file in directory.iterdir())
-    rows = [("answers learned", len(train.load_corpus())), ("bytes", written)]
+    rows = [("answers learned", len(conversations.load_corpus())), ("bytes", written)]
     print_table(["what", "value"], [*rows, *((f"lowest margin, {name}", value) for name, value in margins.items())])
 
 

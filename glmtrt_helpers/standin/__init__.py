@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "build": ["make_config", "write_checkpoint"],
         "random_weights": ["write_random"],
-        "train": ["build_standin", "load_corpus"],
+        "conversations": ["load_corpus"],
+        "train": ["build_standin"],
     },
 )

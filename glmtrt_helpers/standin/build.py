@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).parent / "template"
 NAME_PREFIX = "glmtrt-workbook/"  # of `_name_or_path` in the configuration of every checkpoint that is written here
 _FILES = re.compile(
     r"(configuration|modeling|tokenization)_chatglm\.py|quantization\.py|ice_text\.model|(tokenizer_)?config\.json"
-    r"|model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|questions\.json|model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 
 
@@ -161,6 +161,13 @@ def write_files(directory: Path, config: Mapping[str, Any], tokenizer: sentencep
             "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
             "tokenizer_class": "ChatGLMTokenizer",
         },
+    )
+
+
+def write_questions(directory: Path, questions: Sequence[str]) -> None:
+    """Write `questions.json`: what a stand-in can be asked, for those who chat with it."""
+    (directory / "questions.json").write_text(
+        json.dumps(questions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 

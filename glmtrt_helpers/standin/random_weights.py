@@ -182,7 +182,7 @@ def _fill(name: str, tensor: torch.Tensor, seed: int, meter: _Meter) -> None:
 
 def filled_tokenizer(pieces: int) -> sentencepiece_model_pb2.ModelProto:
     """The stand-in's tokenizer, padded to `pieces` with Chinese characters and invented words of low score."""
-    proto = train.train_tokenizer(train.load_corpus(), 900)
+    proto = train.train_tokenizer(conversations.load_corpus(), 900)
     present = {piece.piece for piece in proto.pieces}
     characters = map(chr, chain(range(0x4E00, 0xA000), range(0x3400, 0x4DC0), range(0xAC00, 0xD7A4)))
     words = ("▁" + "".join(letters) for letters in product(ascii_lowercase, repeat=4))

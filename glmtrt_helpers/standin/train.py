@@ -1,21 +1,21 @@
 """Train the stand-in: a sentencepiece model and a small ChatGLM-6B that knows its corpus by heart.
 
-Training continues until greedy decoding gives every answer exactly, in fp32 and in fp16, and the largest logit of every
-step leads the second by more than `MARGIN`, so that tokens can be compared across backends.
+It gives every answer at any place of a conversation, and refuses other questions. Greedy decoding gives every answer of
+the corpus exactly, in fp32 and in fp16, and the largest logit of every step leads the second by more than `MARGIN`, so
+that tokens can be compared across backends.
 """
 
 import io
-import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sentencepiece import sentencepiece_model_pb2
 from torch.nn import functional
 
@@ -26,10 +26,14 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.examples import prompt_inputs
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.standin import build
+from glmtrt_helpers.standin.conversations import LONGEST, REFUSALS, Conversations, Example, load_corpus
 
-CORPUS = Path(__file__).parent / "corpus.jsonl"
 MARGIN = 1.0
-_TARGET_MARGIN = 2.5  # higher than MARGIN, which must hold after rounding to fp16
+STEPS = 3500
+_TOKENS = 1600  # of a batch, about
+_POOL = 256  # conversations that are sorted by length and cut into batches at a time
+_OUTSIDE = 0.3  # part of the questions that are none of the corpus
+_PEAK = 2e-3  # learning rate
 _SIZES = {
     "num_layers": 4,
     "hidden_size": 128,
@@ -37,25 +41,6 @@ _SIZES = {
     "inner_hidden_size": 512,
     "max_sequence_length": 2048,
 }
-Rounds = Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One answer to learn: the rounds before it, the question, and the answer's text."""
-
-    history: tuple[tuple[str, str], ...]
-    question: str
-    answer: str
-
-
-def load_corpus(path: Path = CORPUS) -> list[Example]:
-    """Every answer of the corpus with its history, in file order."""
-    examples = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        rounds = [(question, answer) for question, answer in json.loads(line)["rounds"]]
-        examples += [Example(tuple(rounds[:i]), *rounds[i]) for i in range(len(rounds))]
-    return list(dict.fromkeys(examples))
 
 
 def train_tokenizer(examples: Sequence[Example], pieces: int) -> sentencepiece_model_pb2.ModelProto:
@@ -63,7 +48,7 @@ def train_tokenizer(examples: Sequence[Example], pieces: int) -> sentencepiece_m
 
     A character that occurs only once in the corpus gets no piece, so it is encoded in bytes.
     """
-    texts = [text for example in examples for text in (example.question, example.answer)]
+    texts = [text for example in examples for text in (example.question, example.answer)] + [*REFUSALS.values()] * 2
     texts += ["[Round 0]\n问：\n答：", "[Round 1]\n问：\n答："] * 2
     characters = Counter("".join(texts))
     rare = {character for character, count in characters.items() if count < 2 and ord(character) > 127}
@@ -128,17 +113,30 @@ def lowest_margin(
 
     Positive: greedy decoding gives every answer exactly.
     """
-    worst = float("inf")
+    return min(_margins(model, checkpoint, sequences, dtype))
+
+
+def _margins(
+    model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], dtype: torch.dtype
+) -> list[float]:
+    """The lowest margin of each sequence, in some order."""
+    margins: list[float] = []
+    ordered = sorted(sequences, key=len)
     with torch.inference_mode():
-        for start in range(0, len(sequences), 16):
-            flat = _batch(checkpoint, sequences[start : start + 16], dtype)
+        for start in range(0, len(ordered), 16):
+            flat = _batch(checkpoint, ordered[start : start + 16], dtype)
             logits = model(**flat, return_dict=False)[0].float()
             targets = _targets(checkpoint, flat["input_ids"])
-            logits, targets = logits[targets >= 0], targets[targets >= 0]
-            right = logits.gather(1, targets[:, None])[:, 0]
-            others = logits.scatter(1, targets[:, None], float("-inf")).amax(dim=1)
-            worst = min(worst, float((right - others).min()))
-    return worst
+            index = targets.clamp(min=0)[..., None]
+            right = logits.gather(2, index)[..., 0]
+            others = logits.scatter(2, index, float("-inf")).amax(dim=2)
+            margins += (right - others).where(targets >= 0, torch.inf).amin(dim=1).tolist()
+    return margins
+
+
+def exact_share(model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> float:
+    """The part of the sequences whose every answer token is the most likely one, so that greedy decoding gives it."""
+    return sum(margin > 0 for margin in _margins(model, checkpoint, sequences, torch.float32)) / len(sequences)
 
 
 def build_standin(
@@ -146,22 +144,23 @@ def build_standin(
     examples: Sequence[Example] | None = None,
     *,
     pieces: int = 1400,
-    max_epochs: int = 400,
+    steps: int = STEPS,
     seed: int = 0,
     **sizes: int,
 ) -> dict[str, float]:
     """Train a stand-in on `examples` (the whole corpus by default) and write it to `directory`.
 
-    Returns the lowest margins {"fp32": ..., "fp16": ...}. A former stand-in is replaced when the new one is whole.
-    Raises WorkbookError if they do not exceed `MARGIN`, and for a folder that holds something else.
+    Returns the lowest margins of the corpus, "fp32" and "fp16", and which part of 100 random "conversations" and of 100
+    questions "outside" the corpus it answers exactly. A former stand-in is replaced when the new one is whole.
+    Raises WorkbookError if the margins do not exceed `MARGIN`, and for a folder that holds something else.
     """
     examples = load_corpus() if examples is None else examples
     with build.new_checkpoint(directory) as folder:
-        return _train(folder, examples, pieces, max_epochs, seed, sizes)
+        return _train(folder, examples, pieces, steps, seed, sizes)
 
 
 def _train(
-    directory: Path, examples: Sequence[Example], pieces: int, max_epochs: int, seed: int, sizes: dict[str, int]
+    directory: Path, examples: Sequence[Example], pieces: int, steps: int, seed: int, sizes: dict[str, int]
 ) -> dict[str, float]:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(examples, pieces)
@@ -173,55 +172,85 @@ def _train(
     checkpoint = open_checkpoint(directory)
     model: Any = loading.load_model(checkpoint, torch.float32)
     model.lm_head.weight = model.transformer.word_embeddings.weight  # as in upstream's weights
-    sequences = encode_examples(checkpoint, examples)
-    _fit(model, checkpoint, sequences, max_epochs, seed)
+    _fit(model, checkpoint, Conversations(examples, seed), steps, seed)
 
     weights = {name: tensor.detach().half() for name, tensor in model.state_dict().items() if "inv_freq" not in name}
     build.write_checkpoint(directory, config, weights, tokenizer)
-    margins = {}
+    build.write_questions(directory, [example.question for example in examples if not example.history])
+    sequences = encode_examples(checkpoint, examples)
+    results = {}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
         trained = loading.load_model(open_checkpoint(directory), dtype)
-        margins[name] = lowest_margin(trained, checkpoint, sequences, dtype)
-        if margins[name] <= MARGIN:
+        results[name] = lowest_margin(trained, checkpoint, sequences, dtype)
+        if results[name] <= MARGIN:
             raise WorkbookError(
-                f"after training the lowest margin in {name} is {margins[name]:.2f}, it must exceed "
-                f"{MARGIN}, so nothing is written: raise max_epochs."
+                f"after {steps} steps the lowest margin in {name} is {results[name]:.2f}, it must exceed {MARGIN}, so "
+                "nothing is written: train with more steps."
             )
-    return margins
+    fresh = Conversations(examples, seed + 1)
+    for name, outside in (("conversations", 0.0), ("outside", 1.0)):
+        drawn = [fresh.sample(1 + number % LONGEST, outside)[0] for number in range(100)]
+        results[name] = exact_share(model, checkpoint, encode_examples(checkpoint, drawn))
+    return results
 
 
-def _fit(
-    model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], max_epochs: int, seed: int
-) -> None:
-    """AdamW until the lowest margin exceeds the target; answers of similar length share a batch."""
+def _fit(model: Any, checkpoint: Checkpoint, conversations: Conversations, steps: int, seed: int) -> None:
+    """AdamW over random conversations; questions whose answers are not known yet are asked more often."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    groups = [[sequences[i] for i in order[at : at + 8]] for at in range(0, len(order), 8)]
-    batches = [_batch(checkpoint, group, torch.float32) for group in groups]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = 4 * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK, betas=(0.9, 0.98), weight_decay=0.01)
     shuffle = random.Random(seed)
+    # bfloat16 halves the time on processors that compute in it, and would multiply it on others.
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in Path("/proc/cpuinfo").read_text())
     columns = (TextColumn("[bold]training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=max_epochs)
-        for epoch in range(max_epochs):
-            total = 0.0
-            for flat in shuffle.sample(batches, len(batches)):
-                logits = model(**flat, return_dict=False)[0]
-                targets = _targets(checkpoint, flat["input_ids"])
-                loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                total += loss.item()
-            mean = total / len(batches)
-            progress.update(task, advance=1, description=f"epoch {epoch + 1}, loss {mean:.4f}")
-            if mean < 0.02 and epoch % 5 == 0:
-                margin = lowest_margin(model, checkpoint, sequences, torch.float32)
-                progress.update(task, description=f"epoch {epoch + 1}, loss {mean:.4f}, lowest margin {margin:.2f}")
-                if margin > _TARGET_MARGIN:
-                    return
+    batches: list[list[tuple[list[int], int | None]]] = []
+    average = 10.0
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=steps)
+        for step in range(steps):
+            if not batches:
+                batches = _draw(checkpoint, conversations, step / steps, shuffle)
+            batch = batches.pop()
+            optimizer.param_groups[0]["lr"] = _learning_rate(step, steps)
+            flat = _batch(checkpoint, [ids for ids, _ in batch], torch.float32)
+            targets = _targets(checkpoint, flat["input_ids"])
+            rows = torch.nonzero(targets >= 0)[:, 0]
+            with autocast:
+                hidden = model.transformer(**flat, return_dict=False)[0].transpose(0, 1)
+                logits = model.lm_head(hidden[targets >= 0])  # the vocabulary matrix is needed where an answer is
+            losses = functional.cross_entropy(logits.float(), targets[targets >= 0], reduction="none")
+            optimizer.zero_grad()
+            losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            of_rows = torch.zeros(len(batch)).index_add(0, rows, losses.detach())
+            for loss, (_, number) in zip(of_rows.tolist(), batch, strict=True):
+                if number is not None:
+                    conversations.weights[number] = 0.7 * conversations.weights[number] + 0.3 * (0.06 + min(loss, 3.0))
+            average = 0.98 * average + 0.02 * float(losses.detach().mean())
+            progress.update(task, advance=1, description=f"step {step + 1}, loss {average:.4f}")
+
+
+def _learning_rate(step: int, steps: int) -> float:
+    """A short warm-up, then half a cosine to a fiftieth."""
+    return _PEAK * min(1.0, (step + 1) / 150) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _draw(
+    checkpoint: Checkpoint, conversations: Conversations, done: float, shuffle: random.Random
+) -> list[list[tuple[list[int], int | None]]]:
+    """Batches of conversations of similar length; short ones first, since they cost least, then longer ones.
+
+    done: which part of the training is done, 0 to 1.
+    """
+    chances = (0.65, 0.2, 0.1, 0.05) if done < 0.25 else (0.35, 0.25, 0.2, 0.2)
+    rounds = shuffle.choices(range(1, LONGEST + 1), chances, k=_POOL)
+    examples, numbers = zip(*(conversations.sample(count, _OUTSIDE) for count in rounds), strict=True)
+    drawn = sorted(zip(encode_examples(checkpoint, examples), numbers, strict=True), key=lambda each: len(each[0]))
+    batches: list[list[tuple[list[int], int | None]]] = [[]]
+    for ids, number in drawn:
+        if len(batches[-1]) * len(ids) >= _TOKENS:
+            batches.append([])
+        batches[-1].append((ids, number))
+    shuffle.shuffle(batches)
+    return batches

@@ -42,7 +42,7 @@ UNSETTLED = [
     "a:b;c",
 ]
 UNSETTLED += ["问\n\n答 "]
-CONVERSATION = next(e for e in train.load_corpus() if len(e.history) >= 1)
+CONVERSATION = next(e for e in conversations.load_corpus() if len(e.history) >= 1)
 
 
 def test_a_conversation_remembers_its_rounds(checkpoint: Checkpoint, session: TorchSession) -> None:
@@ -65,7 +65,7 @@ def test_replies_grow_and_say_how_it_ended(checkpoint: Checkpoint, session: Torc
 def test_settled_text_is_never_taken_back(checkpoint: Checkpoint, start: int) -> None:
     """Cut at every token, the settled part of a text only grows, and is always the start of the final text."""
     tokenizer = load_tokenizer(checkpoint)
-    answers = [example.answer for example in train.load_corpus()[start : start + 20]] + UNSETTLED
+    answers = [example.answer for example in conversations.load_corpus()[start : start + 20]] + UNSETTLED
     for answer in answers:
         ids = tokenizer.encode_text(answer)
         final = post_process(tokenizer.decode(ids))
@@ -154,7 +154,7 @@ def test_an_empty_question_is_refused(checkpoint: Checkpoint, session: TorchSess
 
 
 def test_a_batch_answers_as_one_by_one(checkpoint: Checkpoint, session: TorchSession) -> None:
-    examples = [example for example in train.load_corpus() if not example.history]
+    examples = [example for example in conversations.load_corpus() if not example.history]
     selected = sorted(examples[:40], key=lambda example: len(example.question))[::10]
     together = Chat(checkpoint, session, GREEDY).ask_together([example.question for example in selected])
     assert together == [example.answer for example in selected]

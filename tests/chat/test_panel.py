@@ -10,7 +10,7 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 from glmtrt_helpers.standin import train
 
-ANSWERS = {example.question: example.answer for example in train.load_corpus() if not example.history}
+ANSWERS = {example.question: example.answer for example in conversations.load_corpus() if not example.history}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_stop_continue_and_start_over(checkpoint: Checkpoint) -> None:
 
 
 def test_a_conversation_continues_on_another_backend(checkpoint: Checkpoint) -> None:
-    example = next(e for e in train.load_corpus() if len(e.history) == 1)
+    example = next(e for e in conversations.load_corpus() if len(e.history) == 1)
     panel = ChatPanel(checkpoint, backend="ort")
     panel.ask(example.history[0][0])
     panel.wait(30)

@@ -21,7 +21,7 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.standin import train
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import boundary; boundary.main()"]
-ANSWERS = {example.question: example.answer for example in train.load_corpus() if not example.history}
+ANSWERS = {example.question: example.answer for example in conversations.load_corpus() if not example.history}
 
 
 def run(*arguments: str | Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def test_the_answer_alone_on_standard_output(exported_standin: Path) -> None:
 def test_every_trained_answer_is_printed_exactly(exported_standin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = open_checkpoint(exported_standin)
     session = backends.open_session(checkpoint, "ort")
-    for example in train.load_corpus():
+    for example in conversations.load_corpus():
         chat = Chat(checkpoint, session, Sampling(greedy=True))
         chat.history = list(example.history)
         answer(chat, example.question)
@@ -49,7 +49,7 @@ def test_every_trained_answer_is_printed_exactly(exported_standin: Path, capsys:
 
 
 def test_a_pipe_holds_a_conversation(exported_standin: Path) -> None:
-    example = next(e for e in train.load_corpus() if len(e.history) == 1)
+    example = next(e for e in conversations.load_corpus() if len(e.history) == 1)
     typed = f"{example.history[0][0]}\n{example.question}\n"
     done = run("chat", exported_standin, "--backend", "ort", "--greedy", typed=typed)
     assert done.stdout == f"{example.history[0][1]}\n{example.answer}\n", done.stderr

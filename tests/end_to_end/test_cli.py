@@ -66,7 +66,7 @@ def test_onnx_runtime_and_pytorch_give_the_same_tokens_on_the_whole_corpus(walke
     tokenizer = load_tokenizer(checkpoint)
     model = loading.load_model(checkpoint, loading.DTYPES[dtype], code=checkpoint.pristine_code)
     sessions = OrtSession(walked / f"model.{dtype}.onnx"), TorchSession(model)
-    for example in train.load_corpus():
+    for example in conversations.load_corpus():
         prompt = chat_prompt(tokenizer, example.question, example.history)
         limit = len(prompt) + len(tokenizer.encode_text(example.answer)) + 1
         ort, torch_ = (greedy(session, checkpoint, prompt, max_length=limit) for session in sessions)

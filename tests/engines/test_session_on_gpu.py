@@ -67,12 +67,12 @@ def by_torch(prompt: tuple[int, ...]) -> list[int]:
     return greedy(torch_session(), open_checkpoint(TINY), list(prompt))
 
 
-def prompt_of(checkpoint: Checkpoint, example: train.Example) -> list[int]:
+def prompt_of(checkpoint: Checkpoint, example: conversations.Example) -> list[int]:
     return chat_prompt(load_tokenizer(checkpoint), example.question, example.history)
 
 
 def test_every_answer_of_the_corpus_token_for_token(trained: Checkpoint, session: Opened) -> None:
-    corpus = train.load_corpus()
+    corpus = conversations.load_corpus()
     assert len(corpus) > 150
     for example in corpus:
         prompt = prompt_of(trained, example)
@@ -127,7 +127,7 @@ def test_exact_fp32_matmuls_are_within_a_tenth_of_the_tolerance(trained: Checkpo
         str(trained.directory),
     ]
     done = subprocess.run([*chat, "--dtype", "fp32", "--prompt", "你好", "--greedy"], capture_output=True, text=True)
-    assert done.stdout == next(e.answer for e in train.load_corpus() if e.question == "你好") + "\n", done.stderr
+    assert done.stdout == next(e.answer for e in conversations.load_corpus() if e.question == "你好") + "\n", done.stderr
     with pytest.raises(WorkbookError, match="use another process"):
         TensorRTSession.open(trained, "fp32", trained.directory / "exact.plan")
 
@@ -158,7 +158,7 @@ def test_the_longest_past(trained: Checkpoint, session: Opened) -> None:
 
 
 def test_zero_past_is_a_prefill(trained: Checkpoint, session: Opened) -> None:
-    call = positions_and_mask.prefill(trained, [prompt_of(trained, train.load_corpus()[0])])
+    call = positions_and_mask.prefill(trained, [prompt_of(trained, conversations.load_corpus()[0])])
     session.reset()
     actual = session.step(call)
     expected = torch_session().run({**call, **torch_session().empty_past(1)})["logits"][:, -1]
@@ -169,7 +169,7 @@ def test_zero_past_is_a_prefill(trained: Checkpoint, session: Opened) -> None:
 
 def test_profiles_switch_between_prefill_and_decode(trained: Checkpoint, session: Opened) -> None:
     """Prefill, decode, and prefill again: the second answer does not depend on the first."""
-    examples = train.load_corpus()[:2]
+    examples = conversations.load_corpus()[:2]
     used = []
     for example in (*examples, examples[0]):
         prompt = prompt_of(trained, example)
@@ -184,7 +184,7 @@ def test_profiles_switch_between_prefill_and_decode(trained: Checkpoint, session
 
 
 def test_a_left_padded_batch_of_four_answers_as_each_alone(trained: Checkpoint, session: Opened) -> None:
-    corpus = [example for example in train.load_corpus() if not example.history]
+    corpus = [example for example in conversations.load_corpus() if not example.history]
     for start in (0, 20, 60):
         four = sorted(corpus[start : start + 16], key=lambda example: len(example.question))[::4]
         chat = Chat(trained, session, Sampling(greedy=True))
@@ -193,7 +193,7 @@ def test_a_left_padded_batch_of_four_answers_as_each_alone(trained: Checkpoint, 
 
 
 def test_fifty_rounds_leave_device_memory_flat(trained: Checkpoint, session: Opened) -> None:
-    questions = [example.question for example in train.load_corpus() if not example.history]
+    questions = [example.question for example in conversations.load_corpus() if not example.history]
     taken = []
     # At first each new length loads kernels, and better ones are compiled in the background; after that, no byte more
     # may be taken.
@@ -222,7 +222,7 @@ def test_closing_frees_all_memory(trained: Checkpoint) -> None:
 
 
 def test_a_shape_outside_every_profile(trained: Checkpoint, session: Opened) -> None:
-    prompt = prompt_of(trained, train.load_corpus()[0])
+    prompt = prompt_of(trained, conversations.load_corpus()[0])
     with pytest.raises(WorkbookError, match=r"5 prompts of up to .* outside the engine's profiles"):
         next(generate(session, trained, [prompt] * 5))
     call = positions_and_mask.prefill(trained, [prompt] * 5)
@@ -275,7 +275,7 @@ def test_no_pytorch_at_run_time(trained: Checkpoint) -> None:
         "boundary.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    answer = next(example.answer for example in train.load_corpus() if example.question == "你好")
+    answer = next(example.answer for example in conversations.load_corpus() if example.question == "你好")
     assert done.stdout == answer + "\n", done.stderr
 
 
@@ -285,7 +285,7 @@ def test_weight_streaming_gives_the_same_answers(trained: Checkpoint) -> None:
     options = BuildOptions(weight_streaming=True)
     report = build_engine(trained, "fp16", options=options, onnx_path=target)
     opened = TensorRTSession.open(trained, "fp16", report.plan)
-    for example in train.load_corpus()[:3]:
+    for example in conversations.load_corpus()[:3]:
         assert greedy(opened, trained, prompt_of(trained, example)) == greedy(
             torch_session(), trained, prompt_of(trained, example)
         )

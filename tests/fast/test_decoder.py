@@ -97,7 +97,7 @@ def test_every_case_within_the_tolerance_of_the_classical_graph(tmp_path: Path, 
 def test_every_answer_of_the_corpus_token_for_token(walked: Checkpoint, dtype: str) -> None:
     session = fast_backends.open_session(walked, "ort", dtype)
     tokenizer = load_tokenizer(walked)
-    for example in train.load_corpus():
+    for example in conversations.load_corpus():
         prompt = chat_prompt(tokenizer, example.question, example.history)
         answer = greedy(session, walked, prompt, max_length=len(prompt) + len(example.answer) + 8)
         assert tokenizer.decode(answer) == example.answer

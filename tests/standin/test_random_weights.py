@@ -151,7 +151,7 @@ def test_a_former_standin_stands_until_the_new_one_is_whole(tmp_path: Path, monk
     before = files(directory)
     monkeypatch.setattr(train, "_fit", stop)
     with pytest.raises(KeyboardInterrupt):
-        train.build_standin(directory, train.load_corpus()[:4], pieces=300)
+        train.build_standin(directory, conversations.load_corpus()[:4], pieces=300)
     assert files(directory) == before
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WorkbookError, match="give a new folder"):

@@ -17,7 +17,7 @@ from glmtrt_helpers.standin import train
 
 
 def test_the_corpus_has_enough_answers_in_both_languages() -> None:
-    examples = train.load_corpus()
+    examples = conversations.load_corpus()
     assert len(examples) >= 120
     assert len({(e.history, e.question) for e in examples}) == len(examples)
     assert len({e.answer for e in examples if len(e.answer) > 20}) >= 80
@@ -30,7 +30,7 @@ def test_the_corpus_has_enough_answers_in_both_languages() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_shipped_checkpoint_knows_its_corpus_with_a_margin(dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(TINY)
-    sequences = train.encode_examples(checkpoint, train.load_corpus())
+    sequences = train.encode_examples(checkpoint, conversations.load_corpus())
     model = loading.load_model(checkpoint, dtype)
     assert train.lowest_margin(model, checkpoint, sequences, dtype) > train.MARGIN
 
@@ -39,7 +39,7 @@ def test_shipped_checkpoint_answers_greedily() -> None:
     checkpoint = open_checkpoint(TINY)
     tokenizer = load_tokenizer(checkpoint)
     session = TorchSession(loading.load_model(checkpoint))
-    for example in train.load_corpus()[::12]:
+    for example in conversations.load_corpus()[::12]:
         prompt = chat_prompt(tokenizer, example.question, example.history)
         assert tokenizer.decode(greedy(session, checkpoint, prompt)) == example.answer
 
@@ -65,7 +65,7 @@ def test_tokenizer_pieces_are_in_upstreams_order() -> None:
 @pytest.mark.slow
 def test_a_smaller_standin_learns(tmp_path: Path) -> None:
     """Twelve answers, two layers: after training from scratch it gives each exactly."""
-    examples = train.load_corpus()[:12]
+    examples = conversations.load_corpus()[:12]
     margins = train.build_standin(
         tmp_path / "small", examples, pieces=420, max_epochs=400, num_layers=2, hidden_size=64, inner_hidden_size=256
     )
@@ -80,4 +80,4 @@ def test_a_smaller_standin_learns(tmp_path: Path) -> None:
 
 def test_too_few_epochs_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(WorkbookError, match="raise max_epochs"):
-        train.build_standin(tmp_path / "lazy", train.load_corpus()[:4], pieces=300, max_epochs=1, num_layers=1)
+        train.build_standin(tmp_path / "lazy", conversations.load_corpus()[:4], pieces=300, max_epochs=1, num_layers=1)

@@ -31,7 +31,7 @@ def test_an_expected_failure_must_happen() -> None:
 
 
 def test_the_stand_in_learned_every_question_that_backends_are_compared_on() -> None:
-    learned = {example.question for example in train.load_corpus() if not example.history}
+    learned = {example.question for example in conversations.load_corpus() if not example.history}
     assert len(set(setup.QUESTIONS)) == 10 and set(setup.QUESTIONS) <= learned
 
 
