@@ -65,20 +65,23 @@ def standin(
 ) -> None:
     """Train the stand-in, or write random weights of a larger size.
 
-    Training takes two minutes on two cores.
+    Training takes about 15 minutes on two cores.
     """
     from glmtrt_helpers.core.display import print_table
-    from glmtrt_helpers.standin import random_weights, train
+    from glmtrt_helpers.standin import conversations, random_weights, train
 
     if size != "tiny":
         with bytes_bar("random weights") as show:
             random_weights.write_random(directory, size, weights=weights, seed=seed, progress=show)
         tell(f"{directory} holds random weights, for measuring: its answers mean nothing.")
         return
-    margins = train.build_standin(directory, seed=seed)
+    results = train.build_standin(directory, seed=seed)
     written = sum(file.stat().st_size for file in directory.iterdir())
-    rows = [("answers learned", len(conversations.load_corpus())), ("bytes", written)]
-    print_table(["what", "value"], [*rows, *((f"lowest margin, {name}", value) for name, value in margins.items())])
+    rows: list[tuple[str, object]] = [("answers learned", len(conversations.load_corpus())), ("bytes", written)]
+    rows += [(f"lowest margin, {name}", results[name]) for name in ("fp32", "fp16")]
+    rows += [("right within a conversation", f"{results['conversations']:.0%}")]
+    rows += [("refused outside the corpus", f"{results['outside']:.0%}")]
+    print_table(["what", "value"], rows)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from glmtrt_helpers.checkpoints import remote_code, shards
 from glmtrt_helpers.checkpoints.config import RANDOM_KEY
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
-from glmtrt_helpers.standin import build, train
+from glmtrt_helpers.standin import build, conversations, train
 
 # pieces: of the tokenizer, before special tokens and bytes; the rest are fields of config.json.
 SIZES: Mapping[str, Mapping[str, int]] = {

@@ -134,9 +134,11 @@ def _margins(
     return margins
 
 
-def exact_share(model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> float:
+def exact_share(
+    model: torch.nn.Module, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], dtype: torch.dtype
+) -> float:
     """The part of the sequences whose every answer token is the most likely one, so that greedy decoding gives it."""
-    return sum(margin > 0 for margin in _margins(model, checkpoint, sequences, torch.float32)) / len(sequences)
+    return sum(margin > 0 for margin in _margins(model, checkpoint, sequences, dtype)) / len(sequences)
 
 
 def build_standin(
@@ -190,7 +192,7 @@ def _train(
     fresh = Conversations(examples, seed + 1)
     for name, outside in (("conversations", 0.0), ("outside", 1.0)):
         drawn = [fresh.sample(1 + number % LONGEST, outside)[0] for number in range(100)]
-        results[name] = exact_share(model, checkpoint, encode_examples(checkpoint, drawn))
+        results[name] = exact_share(model, checkpoint, encode_examples(checkpoint, drawn), torch.float32)
     return results
 
 

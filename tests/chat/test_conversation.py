@@ -14,7 +14,7 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.pytorch import TorchSession
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 
 GREEDY = Sampling(greedy=True)
 

@@ -8,7 +8,7 @@ import pytest
 from glmtrt_helpers.chat.panel import ChatPanel
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 
 ANSWERS = {example.question: example.answer for example in conversations.load_corpus() if not example.history}
 

@@ -18,7 +18,7 @@ from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.chat.terminal import answer
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import boundary; boundary.main()"]
 ANSWERS = {example.question: example.answer for example in conversations.load_corpus() if not example.history}

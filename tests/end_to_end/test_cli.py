@@ -18,7 +18,7 @@ from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.decode_loop import greedy
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 from glmtrt_helpers.sessions.pytorch import TorchSession
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ from glmtrt_helpers.inputs import positions_and_mask
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.decode_loop import generate, greedy
 from glmtrt_helpers.sessions.pytorch import TorchSession
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 
 pytestmark = pytest.mark.gpu
 
@@ -127,7 +127,10 @@ def test_exact_fp32_matmuls_are_within_a_tenth_of_the_tolerance(trained: Checkpo
         str(trained.directory),
     ]
     done = subprocess.run([*chat, "--dtype", "fp32", "--prompt", "你好", "--greedy"], capture_output=True, text=True)
-    assert done.stdout == next(e.answer for e in conversations.load_corpus() if e.question == "你好") + "\n", done.stderr
+    answer = next(example.answer for example in conversations.load_corpus() if example.question == "你好")
+    assert done.stdout == answer + "\n", done.stderr
+        done.stderr
+    )
     with pytest.raises(WorkbookError, match="use another process"):
         TensorRTSession.open(trained, "fp32", trained.directory / "exact.plan")
 

@@ -27,7 +27,7 @@ from glmtrt_helpers.graphs import verification
 from glmtrt_helpers.graphs.checks import problems
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.decode_loop import greedy
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.pytorch import TorchSession
-from glmtrt_helpers.standin import build, random_weights, train
+from glmtrt_helpers.standin import build, conversations, random_weights, train
 
 SMALL = {
     "pieces": 1400, "vocab_size": 2048, "num_layers": 3, "hidden_size": 128, "num_attention_heads": 2,

@@ -6,7 +6,7 @@ import pytest
 from support.checkpoints import make_random
 
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.standin import train
+from glmtrt_helpers.standin import conversations
 from glmtrt_helpers.workbook import setup
 
 
