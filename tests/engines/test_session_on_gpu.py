@@ -129,8 +129,6 @@ def test_exact_fp32_matmuls_are_within_a_tenth_of_the_tolerance(trained: Checkpo
     done = subprocess.run([*chat, "--dtype", "fp32", "--prompt", "你好", "--greedy"], capture_output=True, text=True)
     answer = next(example.answer for example in conversations.load_corpus() if example.question == "你好")
     assert done.stdout == answer + "\n", done.stderr
-        done.stderr
-    )
     with pytest.raises(WorkbookError, match="use another process"):
         TensorRTSession.open(trained, "fp32", trained.directory / "exact.plan")
 
