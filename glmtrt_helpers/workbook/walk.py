@@ -12,7 +12,7 @@ SHARDS = "the weights in the shards"
 
 @dataclass(frozen=True)
 class Step:
-    """A notebook and its command. reads, writes: files of the working copy. at: its place in the picture, in percent."""
+    """A notebook and its command. reads, writes: files of the working copy. at: place in the picture, in percent."""
 
     notebook: str
     command: str
