@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from blake3 import blake3
 
+from glmtrt_helpers.core.text import shorten
+
 
 def make_log(trt: Any) -> Any:
     """A logger that keeps errors instead of printing."""
@@ -31,7 +33,7 @@ def make_log(trt: Any) -> Any:
 
         def first_error(self) -> str:
             """The first error, the closest to the cause, on one line."""
-            return " ".join(self.errors[0].split())[:400] if self.errors else "it gave no reason"
+            return shorten(self.errors[0], 400) if self.errors else "it gave no reason"
 
     return Log()
 

@@ -51,7 +51,6 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool
         kernel_name="python3",
         resources={"metadata": {"path": str(notebook.parent)}},
         extra_arguments=["--log-level=ERROR"],  # the kernel warns about its transport
-        store_widget_state=False,
         coalesce_streams=True,  # a cell's output arrives in pieces, differently each time
         skip_cells_with_tag="" if generate else GENERATES,
     )
@@ -77,6 +76,7 @@ def _write(content: nbformat.NotebookNode, path: Path) -> None:
         data = output.get("data", {})
         if WIDGET in data or "<iframe" in data.get("text/html", ""):
             output.data = {"text/plain": STATIC}
+    content.metadata.pop("widgets", None)
     with replacing(path) as temporary:
         nbformat.write(content, temporary)
 
