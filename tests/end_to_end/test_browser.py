@@ -89,7 +89,7 @@ def test_an_answer_streams_and_is_the_trained_one(panel: ChatPanel, question: st
     grown = {text.strip() for text in partial} - {final.strip()}
     assert len(grown) >= 3, f"the answer came in {len(grown) + 1} steps: {sorted(grown, key=len)}"
     assert panel.root.locator(".glmtrt-user").last.inner_text().strip().endswith(question)
-    assert panel.root.locator(".glmtrt-cache").count() == 1
+    assert panel.root.locator(".glmtrt-context").count() == 1
     shown = panel.answers().last.inner_text()
     assert ANSWERS[question] in shown and "\ufffd" not in "".join((*partial, shown))
 
@@ -110,6 +110,58 @@ def test_stop_ends_an_answer_and_the_next_one_is_whole(panel: ChatPanel) -> None
     panel.set_pace(0)
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
+
+
+def test_enter_sends_and_shift_enter_breaks_the_line(panel: ChatPanel) -> None:
+    box = panel.box()
+    box.fill("")
+    box.press("Shift+Enter")
+    box.type("and more")
+    assert box.input_value() == "\nand more" and panel.answers().count() == 0
+    # While an input method is composing, Enter takes what it suggests.
+    composing = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true, cancelable: true})"
+    assert box.evaluate(f"box => box.dispatchEvent({composing})"), "the input method did not get the key"
+    panel.page.wait_for_timeout(500)
+    assert box.input_value() == "\nand more" and panel.answers().count() == 0
+    panel.record()
+    box.fill(ENGLISH)
+    box.press("Enter")
+    panel.wait_for_answer(ANSWERS[ENGLISH])
+    assert box.input_value() == ""
+
+
+def test_the_log_shows_the_newest_text(panel: ChatPanel) -> None:
+    log = panel.root.locator(".glmtrt-log")
+    for question in (CHINESE, ENGLISH, CHINESE, ENGLISH, CHINESE, ENGLISH):
+        count = panel.answers().count()
+        panel.box().fill(question)
+        panel.box().press("Enter")
+        assert wait_until(
+            panel.page, lambda count=count: panel.answers().count() > count and panel.status().endswith("done"), 60
+        )
+    assert log.evaluate("log => log.scrollHeight > log.clientHeight + 50"), "the log has nothing to scroll"
+    below = "log => [...log.querySelectorAll('.glmtrt-answer')].at(-1).getBoundingClientRect().bottom"
+    assert log.evaluate(f"log => ({below})(log) <= log.getBoundingClientRect().bottom + 1")
+
+
+@pytest.mark.parametrize("width", [1280, 900, 640])
+def test_the_panel_fits_the_page(panel: ChatPanel, width: int) -> None:
+    size = panel.page.viewport_size
+    panel.page.set_viewport_size({"width": width, "height": 1000})
+    panel.page.wait_for_timeout(500)
+    try:
+        outside = panel.root.evaluate(
+            """panel => {
+              const cell = panel.closest('.jp-OutputArea-output').getBoundingClientRect();
+              return [...panel.querySelectorAll('*')].filter(element => {
+                const box = element.getBoundingClientRect();
+                return box.width && (box.right > cell.right + 1 || box.left < cell.left - 1);
+              }).map(element => element.className);
+            }"""
+        )
+    finally:
+        panel.page.set_viewport_size(size)
+    assert outside == []
 
 
 def test_no_broken_character_in_the_panel(panel: ChatPanel) -> None:

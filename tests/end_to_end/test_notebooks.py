@@ -21,6 +21,7 @@ NOTEBOOKS = run_notebooks.notebooks()
 NAMES = [path.stem for path in NOTEBOOKS]
 HINT, SOLUTION = "<summary>Hint</summary>", "<summary>Solution</summary>"
 EXERCISE = re.compile(r"### Exercise (\d): .+\n\n\*\d+ minutes, (easy|medium|hard)\.\* ")
+ANNOUNCED = re.compile(r"Running remote code from .*; nothing is downloaded\.\n")
 PREDICTION = re.compile(r"\*\*(What will|Before you|Which of them will|Estimate it first)")
 FLOAT = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -47,7 +48,8 @@ def text_outputs(cell: Any) -> str:
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream" and output.name == "stdout":
-            parts.append(output.text)
+            # Which source is announced, and where, depends on what ran before.
+            parts.append(ANNOUNCED.sub("", output.text))
         elif output.output_type in ("display_data", "execute_result") and not (
             {"image/png", "image/svg+xml", "application/vnd.jupyter.widget-view+json"} & set(output.data)
         ):

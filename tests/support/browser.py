@@ -283,10 +283,17 @@ class ChatPanel:
     def answers(self) -> Locator:
         return self.root.locator(".glmtrt-log .glmtrt-answer")
 
+    def box(self) -> Locator:
+        return self.root.locator(".glmtrt-question textarea")
+
+    def record(self) -> None:
+        """Record the texts of the next answer."""
+        self.page.evaluate(_RECORD)
+
     def send(self, question: str) -> None:
         """Type and send, recording the texts of the answer from here on."""
-        self.page.evaluate(_RECORD)
-        self.root.locator(".glmtrt-question textarea").fill(question)
+        self.record()
+        self.box().fill(question)
         self.root.locator("button.glmtrt-send").click()
 
     def stop(self) -> None:
