@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from support.browser import (
     ChatPanel,
+    breakpoint_at,
+    callstack,
     chromium,
+    debug,
     jupyterlab,
     missing,
     open_notebook,
+    press,
     run_all_cells,
     type_number,
     wait_until,
@@ -192,6 +196,26 @@ def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
     )
     different = len(set(drawn))  # counted first, because a failure would print all pixels
     assert different == 4, "Chinese characters are drawn as boxes: install fonts-noto-cjk"
+
+
+def test_the_debugger_stops_inside_the_model(opened: Callable[[str], Any]) -> None:
+    """As notebook 01 says; and pdb works afterwards."""
+    page = opened(SLIDERS)
+    debug(page, "return attention(")
+    press(page, "Step In")
+    assert wait_until(page, lambda: "attention_fn" in callstack(page), 20), callstack(page)
+    variables = page.locator(".jp-DebuggerVariables").first
+    assert wait_until(page, lambda: "query_layer" in variables.inner_text(), 20), variables.inner_text()
+    tabs = page.locator("#jp-main-dock-panel .lm-TabBar-tabLabel")
+    assert any(name.startswith("modeling_chatglm.py") for name in tabs.all_inner_texts())
+    tabs.filter(has_text=SLIDERS).click()
+    breakpoint_at(page, "return attention(").click()
+    press(page, "Continue")
+    assert wait_until(page, lambda: not callstack(page).strip(), 20), callstack(page)
+    page.locator(".jp-DebuggerBugButton").click()
+    assert run_all_cells(page) > 0
+    printed = page.locator(".jp-Cell", has_text="def stop_once").locator(".jp-OutputArea").inner_text()
+    assert "(4, 2, 4, 32)" in printed and "(5, 2, 4, 32)" in printed
 
 
 def test_a_slider_redraws_its_picture(opened: Callable[[str], Any]) -> None:

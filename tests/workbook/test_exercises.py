@@ -5,7 +5,7 @@ import pytest
 from glmtrt_helpers.workbook.exercises import check
 
 
-@pytest.mark.parametrize("answer", [..., None])
+@pytest.mark.parametrize("answer", [..., None, [1, None]])
 def test_no_answer_is_neither_right_nor_a_failure(answer: object, capsys: pytest.CaptureFixture[str]) -> None:
     check(answer, lambda _: pytest.fail("it was asked about no answer"))
     assert capsys.readouterr().out.startswith("Not answered yet")
