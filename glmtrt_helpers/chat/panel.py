@@ -26,7 +26,8 @@ STYLE = """<style>
 .glmtrt-panel .glmtrt-log {max-height: 420px; overflow-y: auto; border: 1px solid #d5d5d5; border-radius: 6px;
   padding: 4px 10px; display: flex; flex-direction: column-reverse;}  /* so it stays at its end while text is added */
 .glmtrt-log > * {flex: none; width: 100%;}
-.glmtrt-question textarea {width: 100%; box-sizing: border-box; font: inherit; padding: 6px 8px; resize: vertical;}
+.glmtrt-question textarea {width: 100%; box-sizing: border-box; font: inherit; padding: 6px 8px; resize: vertical;
+  color: inherit; background: transparent; border: 1px solid #8c8c8c; border-radius: 6px;}
 .glmtrt-user, .glmtrt-answer {white-space: pre-wrap; line-height: 1.5; padding: 4px 10px; margin: 6px 0;
   border-radius: 8px; width: fit-content; max-width: 90%; color: #1a1a1a;}
 .glmtrt-user {background: #dbe9f6; margin-left: auto;}

@@ -16,10 +16,12 @@ function render({ model, el }) {
   box.addEventListener("input", save);
   box.addEventListener("keydown", (event) => {
     // While an input method composes a character, Enter takes its suggestion; 229 is how Safari says so.
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
+    // JupyterLab, whose key for running a cell it is, takes the line break away: it is put in here.
+    if (event.shiftKey) box.setRangeText("\n", box.selectionStart, box.selectionEnd, "end");
     save();
-    model.send("send");
+    if (!event.shiftKey) model.send("send");
   });
   el.append(box);
   return () => model.off("change:value", show);

@@ -7,8 +7,8 @@ from typing import Any
 def check(answer: Any, is_right: Callable[[Any], bool]) -> None:
     """Say that an answer is right, or raise AssertionError. `...` and None, with which the cell began, are no answer.
 
-    answer: a list is one only if all of it is. is_right: called with the answer, and only if there is one. So a notebook that nobody has worked through runs to its
-    end. What it raises is the answer's error, and is left to the reader.
+    answer: a list is one only if all of it is. is_right: called with it, and only if there is one, so a notebook that
+    nobody has worked through runs to its end. What it raises is the answer's error, and is left to the reader.
     """
     if any(part is None or part is ... for part in (answer if isinstance(answer, list) else [answer])):
         print("Not answered yet: write your code in place of the dots, and run the cell again.")
