@@ -326,6 +326,10 @@ class ChatPanel:
         self.box().fill(question)
         self.root.locator("button.glmtrt-send").click()
 
+    def is_ready(self) -> bool:
+        """Whether no answer is running."""
+        return self.root.locator("button.glmtrt-send").is_enabled()
+
     def stop(self) -> None:
         self.root.locator("button.glmtrt-stop").click()
 
