@@ -179,8 +179,8 @@ def plot_usage(usages: Mapping[str, Usage], weights: int, without_weights: int) 
         for style, nbytes, label in (("--", 0, "without weights"), (":", weights, "and the weights once")):
             axis.axhline((without_weights + nbytes) / 1e9, color="#222222", linestyle=style, linewidth=1, label=label)
     axes[0, 0].set_ylim(0, 1.35 * axes[0, 0].get_ylim()[1])  # room for the names of the phases
-    axes[0, 0].set_xlim(0, 1.25 * max(usage.seconds for usage in usages.values()))
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right")
+    axes[0, 0].set_xlim(0, 1.15 * max(usage.seconds for usage in usages.values()))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     axes[-1, 0].set_xlabel("seconds")
     figure.supylabel("GB", fontsize=10)
     plt.close(figure)

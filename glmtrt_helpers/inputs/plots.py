@@ -27,10 +27,8 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
     """
     mask = flat["attention_mask"]
     batch, _, sequence, total = mask.shape
-    size = 0.22 * max(total, 8)
-    figure, axes = plt.subplots(
-        1, batch, figsize=(batch * (size + 1.4), size + 1.5), layout="constrained", squeeze=False
-    )
+    size = batch * (0.22 * max(total, 8) + 1.4), 0.22 * max(sequence, 4) + 1.7
+    figure, axes = plt.subplots(1, batch, figsize=size, layout="constrained", squeeze=False)
     for row, axis in enumerate(axes[0]):
         hidden = np.asarray(mask[row, 0])
         padding = np.array([piece == "<pad>" for piece in pieces[row]])
@@ -42,8 +40,8 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
         axis.set_yticks(np.arange(-0.5, sequence), minor=True)
         axis.grid(which="minor", color="white", linewidth=0.6)
         axis.tick_params(which="both", length=0)
-        axis.set_xlabel("token that is seen (key)")
-        axis.set_ylabel("token that sees (query)")
+        axis.set_xlabel("who is seen")
+        axis.set_ylabel("who sees")
         axis.set_title(f"row {row} of the batch")
     colours = {"seen": SEEN, "hidden": HIDDEN, "hidden padding": PADDING}
     legend = [Patch(facecolor=colour, edgecolor="#999999", label=name) for name, colour in colours.items()]
