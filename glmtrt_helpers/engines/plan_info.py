@@ -52,7 +52,7 @@ class PlanInfo:
     dtype: Annotated[str, msgspec.Meta(pattern="^fp(16|32)$")]
     profiles: list[Profile]
     tensors: list[Tensor]
-    onnx: Annotated[str, msgspec.Meta(pattern=r"^[^/]+\.onnx\Z")]
+    onnx: str
     onnx_blake3: str
     origin: Origin
     plan_bytes: Annotated[int, msgspec.Meta(ge=0)]
@@ -61,7 +61,8 @@ class PlanInfo:
     format: Literal[3] = FORMAT
 
     def __post_init__(self) -> None:
-        if any(tensor.profiles and len(tensor.profiles) != len(self.profiles) for tensor in self.tensors):
+        profiles = {len(tensor.profiles) for tensor in self.tensors if tensor.profiles}
+        if not self.onnx.endswith(".onnx") or "/" in self.onnx or profiles - {len(self.profiles)}:
             raise ValueError("its parts contradict each other")
 
     @property

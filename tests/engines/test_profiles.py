@@ -89,6 +89,9 @@ def test_profiles_fitted_to_a_record(checkpoint: Checkpoint) -> None:
     assert decode.past == Range(1, pasts[len(pasts) // 2], 2 * pasts[-1])
     with pytest.raises(WorkbookError, match="no prefill or no decode"):
         fit_to_record(checkpoint, calls[:1])
+    calls[0].shapes["input_ids"][1] = checkpoint.max_length
+    with pytest.raises(WorkbookError, match=r"the record holds sizes of 1024 to 1024, and .* takes 1 to 1023"):
+        fit_to_record(checkpoint, calls)
 
 
 def test_a_profile_survives_json(checkpoint: Checkpoint) -> None:

@@ -1,5 +1,6 @@
 """Recording: every call of forward during a chat, and only during it; the record comes back from its file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,20 @@ def test_a_missing_record_names_the_notebook(tiny_random: Path) -> None:
         recording.load_record(checkpoint)
     with pytest.raises(WorkbookError, match="no call"):
         recording.save_record(checkpoint, [])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ([{"past_key_values.0.key": [1, 1, 4, 16]}], "a call without input_ids: record it again"),
+        ([{"input_ids": [4]}], "input_ids has 1 axes, not 2"),
+        ([{"input_ids": [1, 4], "past_key_values.0.key": []}], "past_key_values.0.key has 0 axes, not 4"),
+        ([{"input_ids": [1, 4], "a": [1]}, {"input_ids": [1, 4], "a": [1, 1]}], "a has 2 axes, not 1"),
+        ([{"input_ids": [1, -4]}], ">= 0"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(tiny_random: Path, shapes: list[dict], said: str) -> None:
+    checkpoint = open_checkpoint(tiny_random)
+    recording.save_record(checkpoint, [recording.Call("prefill", each, {}) for each in shapes])
+    with pytest.raises(WorkbookError, match=re.escape(said)):
+        recording.load_record(checkpoint)
