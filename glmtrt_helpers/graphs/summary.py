@@ -47,11 +47,11 @@ class GraphSummary:
         table.add_row("parameters", f"{self.parameters:,}")
         table.add_row("bytes of weights, in the shards", f"{self.weight_bytes:,}")
         table.add_row("bytes of the file itself", f"{self.file_bytes:,}")
-        for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+        for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
             # Layers repeat: the first and the last tensors tell the rest.
             shown = tensors if len(tensors) <= 7 else [*tensors[:5], *tensors[-2:]]
             text = "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.dims))})" for t in shown)
-            table.add_row(f"{len(tensors)} {kind}", text)
+            table.add_row(f"{len(tensors)} {kind}{'s' if len(tensors) != 1 else ''}", text)
         return table
 
 
