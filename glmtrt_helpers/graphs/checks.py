@@ -82,25 +82,29 @@ def problems(onnx_path: str | Path, checkpoint: Checkpoint | None = None) -> lis
     from the graph's outputs. A part of the fast decoder need not have the inputs and outputs of the whole model.
     """
     path = Path(onnx_path)
-    model = open_export(path).model
+    export = open_export(path)
+    model = export.model
     layers = checkpoint.num_layers if checkpoint else sum(v.name.endswith(".key") for v in model.graph.output)
-    found = [] if is_part(path) else list(_missing_or_static(model, layers))
+    found = [] if is_part(path) else list(_missing_or_static(model, layers, ours=bool(checkpoint or export.origin)))
     found += [f"input {name} is declared, but its values reach no output." for name in dead_inputs(model)]
     found += list(_refused_operators(model))
-    found += list(_misplaced_weights(model, checkpoint)) if checkpoint else []
+    # Another exporter may fold weights, or keep them in the file.
+    found += list(_misplaced_weights(model, checkpoint)) if checkpoint and export.origin else []
     return found
 
 
-def _missing_or_static(model: onnx.ModelProto, layers: int) -> Iterator[str]:
+def _missing_or_static(model: onnx.ModelProto, layers: int, ours: bool) -> Iterator[str]:
     for found in static_dimensions(model):
         where = f"axis {found.axis} of {found.tensor} ({found.meaning})"
         yield f"{where} is static ({found.size}): export with a larger example and a dynamic dimension there."
     outputs = {value.name for value in model.graph.output}
     expected = len(input_names(layers)) + len(output_names(layers))
     tensors = f"{len(true_inputs(model)) + len(outputs)} tensors instead of {expected}"
-    for name in missing_inputs(model, layers):
-        yield f"input {name} is missing ({tensors}): it was lost while tracing."
-    yield from (f"output {name} is missing." for name in output_names(layers) if name not in outputs)
+    # A graph of another model may have a cache with these names, too.
+    doubt = "" if ours else "if this is ChatGLM-6B, "
+    for name in missing_inputs(model, layers) if ours or layers else ():
+        yield f"input {name} is missing ({tensors}): {doubt}it was lost while tracing."
+    yield from (f"output {name} is missing." for name in output_names(layers) if ours and name not in outputs)
 
 
 def _refused_operators(model: onnx.ModelProto) -> Iterator[str]:
