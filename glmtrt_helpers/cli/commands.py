@@ -320,7 +320,10 @@ def locate(
         return
     tell(f"The first point over its tolerance: {found.first.name}.", sys.stdout)
     if found.fault:
-        tell(f"The first node whose result PyTorch does not compute: {found.fault}.", sys.stdout)
+        tell(
+            f"The first node whose result PyTorch does not compute: {found.fault}. Look there, and at what it reads.",
+            sys.stdout,
+        )
     raise typer.Exit(1)
 
 

@@ -2,7 +2,8 @@
 
 What a layer's node writes is looked up among everything that PyTorch computes in that layer, in any order of its axes.
 A node whose result PyTorch has as well is right. Of the others, exporters write many that are right, too (PyTorch's
-GELU is one call and several nodes), so the node at fault is the first that nothing right depends on.
+GELU is one call and several nodes), so the node at fault is the first that nothing right depends on. Where a step was
+left out, the node before writes what PyTorch has, too, and the one that reads it is named.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from glmtrt_helpers.graphs.scopes import DATA, GraphIndex
 from glmtrt_helpers.graphs.verification import check_exported
 from glmtrt_helpers.sessions.onnxruntime import plain_session
 
-# As a part of the largest value: rounding within a layer stays far below, a wrong number rarely does.
+# As a part of a value and of a small one in its tensor: rounding within a layer stays far below it.
 _SAME = {"fp16": 2e-2, "fp32": 1e-4}
 _LARGEST_AXES = 4  # of tensors that are compared in every order of their axes
 
@@ -172,16 +173,17 @@ def _is_among(tensor: torch.Tensor | None, computed: list[torch.Tensor], part: f
     if tensor is None:
         return False
     tensor = tensor.float()
-    limit = part * float(tensor.abs().max()) if tensor.numel() else 0.0
 
-    def same(other: torch.Tensor) -> bool:
-        return bool(((tensor - other.reshape(tensor.shape)).abs() <= limit).all())
+    def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+        # Not the largest value sets the scale: next to the mask's -10,000 all scores would be the same.
+        scale = other.abs() + other.abs().flatten().quantile(0.25)
+        return bool(((one - other).abs() <= part * scale).all())
 
-    for other in (each.float() for each in computed if each.numel() == tensor.numel()):
+    for other in (each.float() for each in computed if each.numel() == tensor.numel() > 0):
         # Sorted values are compared first: they do not depend on the order.
-        if not bool(((tensor.flatten().sort()[0] - other.flatten().sort()[0]).abs() <= limit).all()):
+        if not same(tensor.flatten().sort()[0], other.flatten().sort()[0]):
             continue
         orders = permutations(range(other.dim())) if other.dim() <= _LARGEST_AXES else [tuple(range(other.dim()))]
-        if any(same(other.permute(order)) for order in orders):
+        if any(same(tensor, other.permute(order).reshape(tensor.shape)) for order in orders):
             return True
     return False

@@ -50,6 +50,8 @@ CALLS = {
     "patch": Call("DIR --restore", early=(Path, "exists")),
     "export": Call(),
     "inspect": Call("DIR/model.fp16.onnx", writes=False, early=(display, "print_rich")),
+    "compare": Call("DIR/model.fp16.onnx DIR/model.fp32.onnx", writes=False, early=(display, "print_table")),
+    "locate": Call("DIR", writes=False),
     "verify": Call("DIR --case one", writes=False),
     "build": Call("DIR --past 1,2,8 --prompt 1,2,8"),
     "chat": Call("DIR --backend ort --prompt a --max-length 12", writes=False),
