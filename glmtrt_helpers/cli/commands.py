@@ -261,13 +261,10 @@ def compare(
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.graphs.comparison import compare_graphs
 
-    differences = compare_graphs(first, second)
-    if not differences:
-        tell(f"{first} and {second} compute the same in the same order.", sys.stdout)
-        return
-    rows = [(each.what, each.first, each.second) for each in differences]
-    print_table(["difference", str(first), str(second)], rows)
-    raise typer.Exit(1)
+    rows = [(each.what, each.first, each.second) for each in compare_graphs(first, second)]
+    print_table(["difference", str(first), str(second)], rows or [("none", "", "")])
+    if rows:
+        raise typer.Exit(1)
 
 
 @app.command()
