@@ -57,6 +57,7 @@ def plot_roofline(checkpoint: Checkpoint, report: Report, about: str = "") -> Fi
     axis.axvline(ridge, color=FLOOR, linestyle=":", linewidth=1, label=f"ridge: {ridge:,.0f} operations per byte")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    display.plain_ticks(axis.xaxis, axis.yaxis)
     axis.set_xlabel("operations per byte that must be read")
     axis.set_ylabel("TFLOP/s reached")
     return _finish(figure, axis, "Roofline of the measured steps", about)
@@ -99,8 +100,7 @@ def plot_batches(checkpoint: Checkpoint, report: Report, about: str = "", past: 
     axis.plot(batches, 1000 * batches / least, color=FLOOR, label="bound")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    for along in (axis.xaxis, axis.yaxis):
-        along.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    display.plain_ticks(axis.xaxis, axis.yaxis)
     axis.set_xlabel("batch (sequences decoded together)")
     axis.set_ylabel("tokens per second")
     return _finish(figure, axis, f"Decode throughput over the batch, past {past}", about)
@@ -165,17 +165,22 @@ def plot_layer(checkpoint: Checkpoint, report: Report, step: Step, about: str = 
     return figure
 
 
-def plot_usage(usages: Mapping[str, Usage], weights: int) -> Figure:
-    """Memory over time of several commands, one below the other; the dotted line is the size of the weights (bytes)."""
+def plot_usage(usages: Mapping[str, Usage], weights: int, without_weights: int) -> Figure:
+    """Memory over time of several commands, one below the other.
+
+    without_weights: bytes that such a command takes where there are next to none, a dashed line. weights: bytes, which
+    the dotted line adds to it.
+    """
     size = (9, 0.4 + 2.1 * len(usages))
     shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(len(usages), 1, figsize=size, layout="constrained", **shared)
     for axis, (name, usage) in zip(axes[:, 0], usages.items(), strict=True):
         _draw_usage(axis, name, usage)
-        axis.axhline(weights / 1e9, color="#555555", linestyle=":", linewidth=1, label="the weights")
+        for style, nbytes, label in (("--", 0, "without weights"), (":", weights, "and the weights once")):
+            axis.axhline((without_weights + nbytes) / 1e9, color="#222222", linestyle=style, linewidth=1, label=label)
     axes[0, 0].set_ylim(0, 1.35 * axes[0, 0].get_ylim()[1])  # room for the names of the phases
-    axes[0, 0].set_xlim(0, 1.25 * max(usage.seconds for usage in usages.values()))
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper right")
+    axes[0, 0].set_xlim(0, 1.15 * max(usage.seconds for usage in usages.values()))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     axes[-1, 0].set_xlabel("seconds")
     figure.supylabel("GB", fontsize=10)
     plt.close(figure)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from glmtrt_helpers.core.display import ALARM, DECODE, PREFILL
+from glmtrt_helpers.core.display import ALARM, BEFORE, DECODE, PREFILL, plain_ticks
 from glmtrt_helpers.inputs.plots import _label
 
 
@@ -18,9 +18,11 @@ def draw_choice(pieces: Sequence[str], before: Sequence[float], after: Sequence[
     """Probabilities of the likeliest tokens before and after temperature, top_k and top_p."""
     figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
     x = np.arange(len(pieces))
-    axis.bar(x - 0.2, before, width=0.4, color="#d9d9d9", label="softmax of the scores")
+    axis.bar(x - 0.2, before, width=0.4, color=BEFORE, label="softmax of the scores")
     axis.bar(x + 0.2, after, width=0.4, color=PREFILL, label="after temperature, top_k, top_p")
     axis.set_xticks(x, [_label(piece) for piece in pieces])
+    axis.set_yscale("log")  # one token may have nearly all of the probability
+    plain_ticks(axis.yaxis)
     axis.set_ylabel("probability")
     axis.set_title(title, loc="left")
     axis.legend(frameon=False)

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from glmtrt_helpers.checkpoints.code_hash import announce, code_sha256
 from glmtrt_helpers.checkpoints.python_source import half_casts, naming, parse_source, read_source
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.text import shorten
 
 MODEL_CLASS = "ChatGLMForConditionalGeneration"
 _PACKAGE = re.compile(r"glmtrt_remote_\w+\.")  # of one checkpoint's sources, and of one revision of them
@@ -178,8 +179,8 @@ def remote_line(error: BaseException) -> str:
 
 def _kind(error: BaseException) -> str:
     """Class and first line of an error, without the name that the workbook gives the package."""
-    text = _PACKAGE.sub("", str(error).strip()).partition("\n")[0][:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = _PACKAGE.sub("", str(error).strip()).partition("\n")[0]
+    return f"{type(error).__name__}: {shorten(text, 200)}" if text else type(error).__name__
 
 
 def import_remote_code(directory: Path, source: Path) -> ModuleType:

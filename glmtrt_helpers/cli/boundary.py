@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from glmtrt_helpers.core.errors import WorkbookError, explain
-from glmtrt_helpers.core.text import tell
+from glmtrt_helpers.core.text import shorten, tell
 
 TERMINATED = 128 + signal.SIGTERM
 _STOPPED = "what was complete by then stays, no half-written file does."
@@ -106,8 +106,8 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _unforeseen(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    what = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    text = shorten(str(error), 300)
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     try:
         with tempfile.NamedTemporaryFile("w", prefix="glmtrt-", suffix=".txt", delete=False, encoding="utf-8") as file:
             file.write("".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import matplotlib
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,8 +23,9 @@ from rich.text import Text
 from glmtrt_helpers.core.text import as_html, printable
 
 # One colour for one meaning in every plot of the workbook, readable without colour vision too.
-SEEN, HIDDEN, PADDING = "#dbe9f6", "#2f4b6e", "#e9e4da"
+SEEN, HIDDEN, PADDING, BEFORE = "#dbe9f6", "#2f4b6e", "#e9e4da", "#8c8c8c"
 PREFILL, DECODE, ALARM = "#3b75af", "#e08214", "#c0392b"
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?%?")
 
 
 def use_workbook_style() -> None:
@@ -66,6 +70,13 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
+def plain_ticks(*along: Axis) -> None:
+    """Numbers along a logarithmic axis as plain text: matplotlib's are formulas, which this style shows as written."""
+    for axis in along:
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
 class _Plain(Console):
     """A console on which strings are text: no markup, no names of emoji, nothing that steers a terminal."""
 
@@ -74,11 +85,8 @@ class _Plain(Console):
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """Print a table, as text in a terminal and as HTML in a notebook; numbers are aligned right."""
-    numeric = [
-        bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
-        for i in range(len(columns))
-    ]
+    """Print a table, as text in a terminal and as HTML in a notebook; columns of numbers are aligned right."""
+    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column, number in zip(columns, numeric, strict=True):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
@@ -94,6 +102,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         display(views, raw=True)
     else:
         _Plain().print(table)
+
+
+def _is_number(cell: Any) -> bool:
+    """Also one that is formatted already, such as `12.5%`, and an empty cell, where there is none."""
+    if isinstance(cell, str):
+        return not cell or _NUMBER.fullmatch(cell) is not None
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> str:

@@ -1,5 +1,6 @@
 """Text that a model, a file or its name brought along, shown as text: it steers no terminal and is no markup."""
 
+import builtins
 import html
 import re
 import sys
@@ -20,6 +21,15 @@ def as_html(text: str) -> str:
     return html.escape(printable(text))
 
 
+def shorten(text: str, width: int) -> str:
+    """The text on one line, cut after a word where it is longer than `width`."""
+    line = " ".join(text.split())
+    if len(line) <= width:
+        return line
+    return (line[: width - 3].rpartition(" ")[0] or line[: width - 4]) + " ..."
+
+
 def tell(text: str, file: TextIO | None = None) -> None:
-    """Print a line as `printable` text, on standard error by default."""
-    print(printable(text), file=file or sys.stderr, flush=True)
+    """Print a line as `printable` text: on standard error, but in a notebook, where that is red, on standard output."""
+    in_notebook = hasattr(builtins, "get_ipython")
+    print(printable(text), file=file or (sys.stdout if in_notebook else sys.stderr), flush=True)

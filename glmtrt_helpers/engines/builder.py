@@ -60,7 +60,7 @@ class BuildOptions:
 
 @dataclass
 class BuildReport:
-    """What was built. phases: seconds and steps of each of the builder's phases, in the order of their ends."""
+    """What was built. phases: seconds and steps of each of the builder's phases, without the phases inside it."""
 
     plan: Path
     info: PlanInfo

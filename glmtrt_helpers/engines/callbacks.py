@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from blake3 import blake3
 
+from glmtrt_helpers.core.text import shorten
+
 
 def make_log(trt: Any) -> Any:
     """A logger that keeps errors instead of printing."""
@@ -31,7 +33,7 @@ def make_log(trt: Any) -> Any:
 
         def first_error(self) -> str:
             """The first error, the closest to the cause, on one line."""
-            return " ".join(self.errors[0].split())[:400] if self.errors else "it gave no reason"
+            return shorten(self.errors[0], 400) if self.errors else "it gave no reason"
 
     return Log()
 
@@ -39,7 +41,8 @@ def make_log(trt: Any) -> Any:
 def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
     """A progress monitor that reports and times every phase; once `interrupted`, the build ends at its next step.
 
-    progress is called with a phase, its steps done and all its steps. phases: seconds and steps of each phase.
+    progress is called with a phase, its steps done and all its steps. phases: seconds and steps of each phase, without
+    the seconds of the phases inside it.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -47,10 +50,11 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.interrupted = False
             self._started: dict[str, tuple[float, int]] = {}
+            self._parents: dict[str, str | None] = {}
             self.phases: dict[str, tuple[float, int]] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self._started[phase] = (time.perf_counter(), steps)
+            self._started[phase], self._parents[phase] = (time.perf_counter(), steps), parent
             self._report(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
@@ -59,9 +63,16 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
 
         def phase_finish(self, phase: str) -> None:
             started, steps = self._started[phase]
-            seconds, before = self.phases.get(phase, (0.0, 0))  # a phase may run again
-            self.phases[phase] = (seconds + time.perf_counter() - started, before + steps)
+            seconds = time.perf_counter() - started
+            self._add(phase, seconds, steps)  # to what it took before: a phase may run again
+            parent = self._parents[phase]
+            if parent is not None:
+                self._add(parent, -seconds, 0)
             self._report(phase, steps)
+
+        def _add(self, phase: str, seconds: float, steps: int) -> None:
+            before = self.phases.get(phase, (0.0, 0))
+            self.phases[phase] = (before[0] + seconds, before[1] + steps)
 
         def _report(self, phase: str, done: int) -> None:
             progress(phase, done, self._started[phase][1])

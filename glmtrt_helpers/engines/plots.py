@@ -26,7 +26,7 @@ PARTS = {
     "io": ("inputs and logits", "#9ebcda"),
     "activations": ("activations", "#e08214"),
 }
-CARDS = (16, 24, 32, 48)  # GB
+CARDS = (16, 24, 32, 48)  # as they are sold; each is 2**30 bytes
 TITLE = "What the engine is built for (star: opt) and the recorded calls"
 
 
@@ -71,12 +71,12 @@ def _draw_profile(axis: Axes, profile: Profile, colour: str) -> None:
 
 
 def draw_phases(phases: Mapping[str, tuple[float, int]]) -> Figure:
-    """Seconds of the longest phases of a build; phases contain each other, so they do not add up."""
+    """Seconds of the longest phases of a build, each without the phases inside it, so that they add up."""
     longest = sorted(phases.items(), key=lambda item: item[1][0])[-8:]
     labels = [f"{phase} ({steps:,} steps)" for phase, (_, steps) in longest]
     figure, axis = plt.subplots(figsize=(8, 0.6 + 0.3 * len(longest)), layout="constrained")
     axis.barh(labels, [seconds for _, (seconds, _) in longest], color=PREFILL)
-    axis.set_xlabel("seconds (phases are nested)")
+    axis.set_xlabel("seconds, without those of the phases inside")
     plt.close(figure)
     return figure
 
@@ -90,10 +90,11 @@ def draw_memory(memory: EngineMemory) -> Figure:
         axis.barh([0], [nbytes / 1e9], left=[left], color=colour, label=f"{name} {nbytes / 1e9:.2f}", height=0.5)
         left += nbytes / 1e9
     for size in CARDS:
-        axis.axvline(size, color="#555555", linestyle=":")
-        axis.annotate(f"{size} GB card", (size, 0.42), fontsize=8, ha="right", rotation=0)
+        there = size * 2**30 / 1e9
+        axis.axvline(there, color="#555555", linestyle=":")
+        axis.annotate(f"{size} GB card", (there, 0.42), fontsize=8, ha="right", rotation=0)
     axis.set_ylim(-0.4, 0.6)
-    axis.set_xlim(0, max(50.0, 1.05 * left))
+    axis.set_xlim(0, max(54.0, 1.05 * left))
     axis.set_yticks([])
     axis.set_xlabel(f"GB on the GPU, {left:.2f} in total")
     axis.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -11,6 +11,7 @@ import numpy as np
 
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.tensorrt_package import Package
+from glmtrt_helpers.core.text import shorten
 from glmtrt_helpers.engines import cuda
 from glmtrt_helpers.engines.callbacks import make_log
 from glmtrt_helpers.engines.plan_info import PlanInfo, Tensor
@@ -84,7 +85,7 @@ class Engine:
     def _check(self, done: bool, what: str) -> None:
         if not done:
             reason = self._log.errors.pop() if self._log.errors else "it gave no reason"
-            raise WorkbookError(f"TensorRT could not {what} ({' '.join(reason.split())[:300]}).")
+            raise WorkbookError(f"TensorRT could not {what} ({shorten(reason, 300)}).")
 
     def close(self) -> None:
         self.context = self._engine = self._runtime = None

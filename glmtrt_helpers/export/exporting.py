@@ -28,7 +28,7 @@ from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.checkpoints.remote_code import fp16_only, remote_line
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import check_writable, replacing
-from glmtrt_helpers.core.text import tell
+from glmtrt_helpers.core.text import shorten, tell
 from glmtrt_helpers.export import graph_passes, weights_in_shards
 from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.inputs.names import PAST, STEP_INPUTS, axis_names, forward_kwargs, input_names, output_names
@@ -173,7 +173,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
     """Of the innermost cause: the line of remote code where it arose, or "", and its type and first words."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return remote_line(error), f"{type(error).__name__}: {' '.join(str(error).split())[:320]}"
+    return remote_line(error), f"{type(error).__name__}: {shorten(str(error), 320)}"
 
 
 def _trace_dynamo(checkpoint: Checkpoint, dtype: torch.dtype, opset: int, example: tuple[int, int, int]) -> ir.Model:

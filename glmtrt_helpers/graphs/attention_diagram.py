@@ -278,9 +278,10 @@ def _svg(diagram: Diagram, title: str) -> str:
     left, top = _MARGIN - low["x"], _HEADER - low["y"]
     width, height = high["x"] + left + _MARGIN, high["y"] + top + _MARGIN
     parts = [
-        # A page that is narrower than the diagram shows it smaller, not cut off.
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        'style="max-width: 100%; height: auto" font-family="DejaVu Sans, Verdana, sans-serif" font-size="11.5">',
+        # A width in percent, or JupyterLab, which shows an SVG as an image, cuts it off where the page is narrower.
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="100%" '
+        f'style="max-width: {width:.0f}px; height: auto" '
+        'font-family="DejaVu Sans, Verdana, sans-serif" font-size="11.5">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0,0.5 L8,4 L0,7.5 z" fill="{_ARROW}"/></marker></defs>',
         '<rect width="100%" height="100%" fill="#ffffff"/>',

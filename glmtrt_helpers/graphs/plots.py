@@ -14,8 +14,11 @@ from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.graphs.layer_errors import LayerError, first_difference
 
 
-def plot_layer_errors(errors: Sequence[LayerError], title: str = "") -> Figure:
-    """Error and tolerance at every point, relative to the largest value there; marks the first one over tolerance."""
+def plot_layer_errors(errors: Sequence[LayerError], title: str = "", what: str = "the graph") -> Figure:
+    """Error and tolerance at every point, relative to the largest value there; marks the first one over tolerance.
+
+    what: was compared, for the legend.
+    """
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     x = range(len(errors))
     # An error of 0 has no place on a log axis: it is drawn below all others.
@@ -29,7 +32,7 @@ def plot_layer_errors(errors: Sequence[LayerError], title: str = "") -> Figure:
         axis.plot(
             x, curve([e.own_error or 0.0 for e in errors]), color=display.DECODE, marker=".", label="PyTorch fp16"
         )
-    axis.plot(x, curve([e.error for e in errors]), color=display.PREFILL, marker="o", markersize=4, label="the graph")
+    axis.plot(x, curve([e.error for e in errors]), color=display.PREFILL, marker="o", markersize=4, label=what)
     first = first_difference(errors)
     if first:
         at = list(errors).index(first)
@@ -44,10 +47,11 @@ def plot_layer_errors(errors: Sequence[LayerError], title: str = "") -> Figure:
             va="top",
         )
     axis.set_yscale("log")
+    display.plain_ticks(axis.yaxis)
     axis.set_ylim(top=10 * axis.get_ylim()[1])  # room for the annotation above the curves
     axis.set_ylabel("largest error / largest value")
     axis.set_xticks(*_ticks(errors), rotation=90, fontsize=8)
-    axis.set_title(title or "Error of the graph, layer by layer", loc="left", pad=22)  # above the legend
+    axis.set_title(title or f"Error of {what}, layer by layer", loc="left", pad=22)  # above the legend
     axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
     plt.close(figure)
     return figure

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from glmtrt_helpers.core.display import DECODE, HIDDEN, PADDING, PREFILL, SEEN
+from glmtrt_helpers.core.display import BEFORE, DECODE, HIDDEN, PADDING, PREFILL, SEEN
 from glmtrt_helpers.core.text import printable
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
     """
     mask = flat["attention_mask"]
     batch, _, sequence, total = mask.shape
-    size = 0.22 * max(total, 8)
-    figure, axes = plt.subplots(1, batch, figsize=(batch * (size + 1.2), size + 1.0), squeeze=False)
+    size = batch * (0.22 * max(total, 8) + 1.4), 0.22 * max(sequence, 4) + 1.7
+    figure, axes = plt.subplots(1, batch, figsize=size, layout="constrained", squeeze=False)
     for row, axis in enumerate(axes[0]):
         hidden = np.asarray(mask[row, 0])
         padding = np.array([piece == "<pad>" for piece in pieces[row]])
@@ -39,7 +40,12 @@ def draw_mask(flat: Mapping[str, torch.Tensor], pieces: Sequence[Sequence[str]])
         axis.set_yticks(np.arange(-0.5, sequence), minor=True)
         axis.grid(which="minor", color="white", linewidth=0.6)
         axis.tick_params(which="both", length=0)
-        axis.set_title(f"row {row}: light = seen, dark = hidden")
+        axis.set_xlabel("who is seen")
+        axis.set_ylabel("who sees")
+        axis.set_title(f"row {row} of the batch")
+    colours = {"seen": SEEN, "hidden": HIDDEN, "hidden padding": PADDING}
+    legend = [Patch(facecolor=colour, edgecolor="#999999", label=name) for name, colour in colours.items()]
+    figure.legend(handles=legend, frameon=False, ncols=3, fontsize=8, loc="outside upper left")
     plt.close(figure)
     return figure
 
@@ -70,7 +76,7 @@ def draw_calls(calls: Sequence[Call]) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 2.8))
     index = range(len(calls))
     colours = [PREFILL if call.kind == "prefill" else DECODE for call in calls]
-    axis.bar(index, [call.past for call in calls], color="#d9d9d9", label="past (cache)")
+    axis.bar(index, [call.past for call in calls], color=BEFORE, label="past (cache)")
     axis.bar(index, [call.sequence for call in calls], bottom=[call.past for call in calls], color=colours)
     axis.bar([0], [0], color=PREFILL, label="prefill")
     axis.bar([0], [0], color=DECODE, label="decode")

@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "exercises": ["check"],
         "run_notebooks": ["execute", "notebooks", "run_all"],
         "setup": [
             "QUESTIONS",
@@ -16,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "scratch_file",
             "start",
         ],
+        "walk": ["draw_walk", "walk_rows"],
     },
 )

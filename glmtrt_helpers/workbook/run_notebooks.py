@@ -20,6 +20,9 @@ from glmtrt_helpers.core.text import tell
 from glmtrt_helpers.workbook.setup import MODEL_VARIABLE, ROOT
 
 GENERATES = "generates"  # tag of cells that generate text
+WIDGET = "application/vnd.jupyter.widget-view+json"
+# In place of what only a running kernel can show; its picture is in the notebook, too.
+STATIC = "(Shown here where a kernel is running: the notebook in JupyterLab.)"
 SAVED = "Saved result, of the small checkpoint: without a GPU this one would take minutes for each answer.\n"
 
 
@@ -34,7 +37,7 @@ def generates_too_slowly(checkpoint: Checkpoint) -> bool:
 
 
 def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool = True) -> None:
-    """Run one notebook in a clean kernel and write the executed copy.
+    """Run one notebook in a clean kernel and write the executed copy, without what only a kernel can show.
 
     Raises WorkbookError when a cell fails; what was executed until then is written to `NAME.failed.ipynb` beside it.
 
@@ -69,6 +72,11 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool
 
 
 def _write(content: nbformat.NotebookNode, path: Path) -> None:
+    for output in (output for cell in content.cells for output in cell.get("outputs", [])):
+        data = output.get("data", {})
+        if WIDGET in data or "<iframe" in data.get("text/html", ""):
+            output.data = {"text/plain": STATIC}
+    content.metadata.pop("widgets", None)
     with replacing(path) as temporary:
         nbformat.write(content, temporary)
 

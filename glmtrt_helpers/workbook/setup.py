@@ -13,7 +13,7 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.working_copy import is_working_copy, make_working_copy, working_copy_path
 from glmtrt_helpers.core import display
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.text import tell
+from glmtrt_helpers.core.text import shorten, tell
 from glmtrt_helpers.engines.builder import build_engine
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.patches import patching
@@ -112,7 +112,7 @@ def expect(
             raise
         message = [line.strip() for line in text.splitlines() if line.strip()]
         first = next((i for i, line in enumerate(message) if says in line), 0)
-        shown = "\n  ".join(line[:300] for line in message[first : first + lines])
+        shown = "\n  ".join(shorten(line, 300) for line in message[first : first + lines])
         tell(f"{type(caught).__name__}: {shown}", sys.stdout)
     else:
         raise AssertionError(f"this cell was to fail with {error} and did not")

@@ -115,9 +115,11 @@ def test_memory_over_time() -> None:
     """Anonymous and file-backed memory stacked, a line at each phase, one picture for each command."""
     samples = [Sample(0.0, 10**9, 0), Sample(2.0, 3 * 10**9, 10**9)]
     usage = Usage(0, 2.0, samples, [(0.0, "loading"), (1.0, "tracing")])
-    figure = plot_usage({"one": usage, "other": usage}, 2 * 10**9)
+    figure = plot_usage({"one": usage, "other": usage}, 2 * 10**9, 10**9)
     first, second = figure.axes
     assert first.get_title(loc="left") == "one: at most 3.00 GB anonymous"
     assert [text.get_text() for text in second.texts] == ["loading", "tracing"]
     assert [area.get_datalim(first.transData).y1 for area in first.collections] == [3.0, 4.0]
-    assert drawn(first, "the weights")[1] == [2.0, 2.0]
+    # The weights stand on what the command takes without them.
+    assert drawn(first, "without weights")[1] == [1.0, 1.0]
+    assert drawn(second, "and the weights once")[1] == [3.0, 3.0]

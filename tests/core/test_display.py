@@ -4,8 +4,10 @@ import io
 
 import matplotlib
 import pytest
+from matplotlib import pyplot as plt
 
 from glmtrt_helpers.chat.plots import draw_choice
+from glmtrt_helpers.core import display
 from glmtrt_helpers.core.display import format_cell, print_table, use_workbook_style
 
 
@@ -23,6 +25,38 @@ def test_a_notebook_gets_html_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert '<td style="text-align:right;white-space:pre-wrap">1,234</td>' in views["text/html"]
     assert '<td style="text-align:left;white-space:pre-wrap">你好</td>' in views["text/html"]
     assert "Pieces" in views["text/plain"] and "1,234" in views["text/plain"]
+
+
+def test_columns_of_numbers_are_aligned_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where they are formatted already or some are missing; what only contains a number is text."""
+    columns = ["share", "seconds", "name", "version"]
+    print_table(columns, [("88.7%", 59.3, "1 layer", "1.6.1"), ("4.8%", "", "12", "2")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "4.8%" in line)
+    assert line == "│  4.8% │         │ 12      │ 2       │"
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [("12", True), ("-0.051", True), ("1.0e-05", True), ("1,234", True), ("9%", True), (True, False), ("85, 86", False),
+     ("1.6.1", False), ("2 x 4", False), ("yes", False)],
+)  # fmt: skip
+def test_what_reads_as_a_number(cell: object, number: bool) -> None:
+    assert display._is_number(cell) is number
+
+
+def test_a_logarithmic_axis_has_plain_numbers() -> None:
+    """The style shows a formula as it is written, and matplotlib's powers of ten are formulas."""
+    with matplotlib.rc_context():
+        use_workbook_style()
+        figure, axis = plt.subplots()
+        axis.plot([1, 1000], [1e-5, 1e-1])
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        display.plain_ticks(axis.xaxis, axis.yaxis)
+        figure.canvas.draw()
+        labels = [label.get_text() for along in (axis.xaxis, axis.yaxis) for label in along.get_ticklabels()]
+        plt.close(figure)
+    assert {"1,000", "0.001"} <= set(labels) and not any("$" in label for label in labels)
 
 
 def test_a_terminal_gets_text(capsys: pytest.CaptureFixture[str]) -> None:

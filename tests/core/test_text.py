@@ -1,5 +1,6 @@
 """What comes from outside is shown as text."""
 
+import builtins
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from onnx import TensorProto, helper
 from support.command_line import InProcess
 
 from glmtrt_helpers.core.display import print_rich, print_table
-from glmtrt_helpers.core.text import as_html, printable, tell
+from glmtrt_helpers.core.text import as_html, printable, shorten, tell
 from glmtrt_helpers.graphs.summary import summarize
 
 HOSTILE = "a\x1b[31m\x9b2J\x1b]0;t\x07 \u202eb\u2066\udcff [red]c[/red] :smile:"
@@ -61,3 +62,27 @@ def test_an_error_and_a_note_are_text(glmtrt: InProcess, tmp_path: Path) -> None
     stream = io.StringIO()
     tell(HOSTILE, stream)
     assert stream.getvalue() == SHOWN + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("short\n  text", "short text"),
+        ("exactly twenty chars", "exactly twenty chars"),
+        ("a sentence that is cut", "a sentence that ..."),
+        ("onewordthatislongerthanthat", "onewordthatislon ..."),
+    ],
+)
+def test_a_long_text_is_cut_after_a_word(text: str, shown: str) -> None:
+    assert shorten(text, 20) == shown and len(shown) <= 20
+
+
+def test_a_notebook_is_told_on_standard_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its standard error is a red box. A command's standard output is its result, and stays so."""
+    tell("a note")
+    assert capsys.readouterr() == ("", "a note\n")
+    monkeypatch.setattr(builtins, "get_ipython", lambda: None, raising=False)
+    tell("a note")
+    assert capsys.readouterr() == ("a note\n", "")

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from support.browser import (
     ChatPanel,
+    breakpoint_at,
+    callstack,
     chromium,
+    debug,
     jupyterlab,
     missing,
     open_notebook,
+    press,
     run_all_cells,
     type_number,
     wait_until,
@@ -89,7 +93,7 @@ def test_an_answer_streams_and_is_the_trained_one(panel: ChatPanel, question: st
     grown = {text.strip() for text in partial} - {final.strip()}
     assert len(grown) >= 3, f"the answer came in {len(grown) + 1} steps: {sorted(grown, key=len)}"
     assert panel.root.locator(".glmtrt-user").last.inner_text().strip().endswith(question)
-    assert panel.root.locator(".glmtrt-cache").count() == 1
+    assert panel.root.locator(".glmtrt-context").count() == 1
     shown = panel.answers().last.inner_text()
     assert ANSWERS[question] in shown and "\ufffd" not in "".join((*partial, shown))
 
@@ -110,6 +114,56 @@ def test_stop_ends_an_answer_and_the_next_one_is_whole(panel: ChatPanel) -> None
     panel.set_pace(0)
     panel.send(CHINESE)
     panel.wait_for_answer(ANSWERS[CHINESE])
+
+
+def test_enter_sends_and_shift_enter_breaks_the_line(panel: ChatPanel) -> None:
+    box = panel.box()
+    box.fill("")
+    box.press("Shift+Enter")
+    box.type("and more")
+    assert box.input_value() == "\nand more" and panel.answers().count() == 0
+    # While an input method is composing, Enter takes what it suggests.
+    composing = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true, cancelable: true})"
+    assert box.evaluate(f"box => box.dispatchEvent({composing})"), "the input method did not get the key"
+    panel.page.wait_for_timeout(500)
+    assert box.input_value() == "\nand more" and panel.answers().count() == 0
+    panel.record()
+    box.fill(ENGLISH)
+    box.press("Enter")
+    panel.wait_for_answer(ANSWERS[ENGLISH])
+    assert box.input_value() == ""
+
+
+def test_the_log_shows_the_newest_text(panel: ChatPanel) -> None:
+    log = panel.root.locator(".glmtrt-log")
+    for question in 5 * (CHINESE, ENGLISH):
+        count = panel.answers().count()
+        panel.box().fill(question)
+        panel.box().press("Enter")
+        assert wait_until(panel.page, lambda count=count: panel.answers().count() > count and panel.is_ready(), 60)
+    assert log.evaluate("log => log.scrollHeight > log.clientHeight + 50"), "the log has nothing to scroll"
+    below = "log => [...log.querySelectorAll('.glmtrt-answer')].at(-1).getBoundingClientRect().bottom"
+    assert log.evaluate(f"log => ({below})(log) <= log.getBoundingClientRect().bottom + 1")
+
+
+@pytest.mark.parametrize("width", [1280, 900, 640])
+def test_the_panel_fits_the_page(panel: ChatPanel, width: int) -> None:
+    size = panel.page.viewport_size
+    panel.page.set_viewport_size({"width": width, "height": 1000})
+    panel.page.wait_for_timeout(500)
+    try:
+        outside = panel.root.evaluate(
+            """panel => {
+              const cell = panel.closest('.jp-OutputArea-output').getBoundingClientRect();
+              return [...panel.querySelectorAll('*')].filter(element => {
+                const box = element.getBoundingClientRect();
+                return box.width && (box.right > cell.right + 1 || box.left < cell.left - 1);
+              }).map(element => element.className);
+            }"""
+        )
+    finally:
+        panel.page.set_viewport_size(size)
+    assert outside == []
 
 
 def test_no_broken_character_in_the_panel(panel: ChatPanel) -> None:
@@ -140,6 +194,26 @@ def test_chinese_is_drawn_with_a_font_that_has_it(panel: ChatPanel) -> None:
     )
     different = len(set(drawn))  # counted first, because a failure would print all pixels
     assert different == 4, "Chinese characters are drawn as boxes: install fonts-noto-cjk"
+
+
+def test_the_debugger_stops_inside_the_model(opened: Callable[[str], Any]) -> None:
+    """As notebook 01 says; and pdb works afterwards."""
+    page = opened(SLIDERS)
+    debug(page, "return attention(")
+    press(page, "Step In")
+    assert wait_until(page, lambda: "attention_fn" in callstack(page), 20), callstack(page)
+    variables = page.locator(".jp-DebuggerVariables").first
+    assert wait_until(page, lambda: "query_layer" in variables.inner_text(), 20), variables.inner_text()
+    tabs = page.locator("#jp-main-dock-panel .lm-TabBar-tabLabel")
+    assert any(name.startswith("modeling_chatglm.py") for name in tabs.all_inner_texts())
+    tabs.filter(has_text=SLIDERS).click()
+    breakpoint_at(page, "return attention(").click()
+    press(page, "Continue")
+    assert wait_until(page, lambda: not callstack(page).strip(), 20), callstack(page)
+    page.locator(".jp-DebuggerBugButton").click()
+    assert run_all_cells(page) > 0
+    printed = page.locator(".jp-Cell", has_text="def stop_once").locator(".jp-OutputArea").inner_text()
+    assert "(4, 2, 4, 32)" in printed and "(5, 2, 4, 32)" in printed
 
 
 def test_a_slider_redraws_its_picture(opened: Callable[[str], Any]) -> None:

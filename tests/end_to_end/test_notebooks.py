@@ -3,6 +3,8 @@
 `-k 03_export_onnx` selects the tests of one notebook, `-m "not notebook"` leaves out those that execute one.
 """
 
+import itertools
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +19,10 @@ from glmtrt_helpers.workbook import run_notebooks, setup
 
 NOTEBOOKS = run_notebooks.notebooks()
 NAMES = [path.stem for path in NOTEBOOKS]
+HINT, SOLUTION = "<summary>Hint</summary>", "<summary>Solution</summary>"
+EXERCISE = re.compile(r"### Exercise (\d): .+\n\n\*\d+ minutes, (easy|medium|hard)\.\* ")
+ANNOUNCED = re.compile(r"Running remote code from .*; nothing is downloaded\.\n")
+PREDICTION = re.compile(r"\*\*(What will|Before you|Which of them will|Estimate it first)")
 FLOAT = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 TENSOR = re.compile(r"\b(?:logits|present\.\d+\.(?:key|value))")
@@ -42,7 +48,8 @@ def text_outputs(cell: Any) -> str:
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream" and output.name == "stdout":
-            parts.append(output.text)
+            # Which source is announced, and where, depends on what ran before.
+            parts.append(ANNOUNCED.sub("", output.text))
         elif output.output_type in ("display_data", "execute_result") and not (
             {"image/png", "image/svg+xml", "application/vnd.jupyter.widget-view+json"} & set(output.data)
         ):
@@ -103,15 +110,44 @@ def test_numbered_without_gaps() -> None:
 def test_shape_of_a_notebook(path: Path) -> None:
     notebook = read(path)
     first, last = notebook.cells[0], notebook.cells[-1]
-    for word in ("**Question.**", "**Needs**", "**Takes**", "**Hardware**"):
+    for word in ("**Question.**", "**Afterwards you can**", "**Needs**", "**Takes**", "**Hardware**"):
         assert word in first.source, word
-    for word in ("## What was shown", "**Exercises**", "<details>"):
-        assert word in last.source, word
-    assert "**Next" in last.source
-    assert last.source.count("<summary>Solution</summary>") in (2, 3)
+    assert 2 <= first.source.count("\n- ") <= 4
+    closing = [cell for cell in notebook.cells if "## What was shown" in cell.source]
+    assert len(closing) == 1 and "## Exercises" in closing[0].source
+    following = [*[other.name for other in NOTEBOOKS if other.name > path.name], "../README.md"][0]
+    assert last.source.startswith("**Next:** ") and f"]({following})" in last.source
     lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
     assert lengths[len(lengths) // 2] <= 10 and lengths[-1] <= 25
     assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_what_a_reader_is_asked(path: Path) -> None:
+    """A prediction before the cell that answers it; exercises with a hint before the solution, two of them checked."""
+    cells = read(path).cells
+    predictions = [i for i, cell in enumerate(cells) if PREDICTION.search(cell.source)]
+    assert predictions and all(
+        cells[i].cell_type == "markdown" and cells[i + 1].cell_type == "code" for i in predictions
+    )
+    exercises = [cell for cell in cells if cell.source.startswith("### Exercise")]
+    for number, cell in enumerate(exercises, 1):
+        match = EXERCISE.match(cell.source)
+        assert match and match[1] == str(number), cell.source[:80]
+        assert 0 < cell.source.index(HINT) < cell.source.index(SOLUTION) and cell.source.count("<details>") == 2
+    assert len(solutions(read(path))) >= 2
+
+
+def solutions(notebook: Any) -> list[str]:
+    """For every exercise that is checked, its cell with the solution in front of the check."""
+    filled = []
+    for before, cell in itertools.pairwise(notebook.cells):
+        if cell.cell_type == "code" and "workbook.check(" in cell.source:
+            (solution,) = re.findall(r"```python\n(.*?)```", before.source.partition(SOLUTION)[2], re.DOTALL)
+            begun, check, rest = cell.source.rpartition("workbook.check(")
+            assert "..." in begun and HINT in before.source
+            filled.append(f"{begun}\n{solution}\n{check}{rest}")
+    return filled
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -119,6 +155,9 @@ def test_committed_outputs_are_whole_and_name_no_machine(path: Path) -> None:
     cells = code_cells(read(path))
     assert all(cell.execution_count for cell in cells), "commit the notebook with its outputs"
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    outputs = json.dumps([cell.outputs for cell in cells])
+    for needs_a_kernel in (run_notebooks.WIDGET, "<iframe", "interactive(children"):
+        assert needs_a_kernel not in outputs
     text = "\n".join(text_outputs(cell) for cell in cells)
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|Users|opt)/", text)
     for link in re.findall(r"\]\((\d\d_[\w]+\.ipynb)\)", path.read_text(encoding="utf-8")):
@@ -135,11 +174,20 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES, indirect=True)
-def test_prints_what_was_committed(path: Path) -> None:
-    """The executed copy lands where `make workbook` puts it."""
+def test_prints_what_was_committed(path: Path, tmp_path: Path) -> None:
+    """And every solution passes its check, in the same run. The executed copy lands where `make workbook` puts it."""
     output = ROOT / "build" / "notebooks" / path.name
-    run_notebooks.execute(path, output)
-    for committed, fresh in zip(code_cells(read(path)), code_cells(read(output)), strict=True):
+    with_solutions = read(path)
+    solved = solutions(with_solutions)
+    with_solutions.cells += map(nbformat.v4.new_code_cell, solved)
+    nbformat.write(with_solutions, tmp_path / path.name)
+    run_notebooks.execute(tmp_path / path.name, output)
+    executed = read(output)
+    for cell in executed.cells[-len(solved) :]:
+        assert text_outputs(cell).endswith("Right.\n"), cell.source
+    del executed.cells[-len(solved) :]
+    nbformat.write(executed, output)
+    for committed, fresh in zip(code_cells(read(path)), code_cells(executed), strict=True):
         if "machine" in tags(committed):
             continue
         before, after = text_outputs(committed), text_outputs(fresh)

@@ -29,6 +29,10 @@ def test_the_plot_marks_the_first_point_over_its_tolerance(checkpoint: Checkpoin
     # The embeddings are exact, and still drawn.
     assert errors[0].error == 0 and 0 < lines["the graph"][0] < lines["the graph"][1:].min()
     assert [label.get_text() for label in axis.get_xticklabels()] == [error.name for error in errors]
+    figure = plot_layer_errors(errors, "", "the engine")
+    assert "the engine" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    figure.canvas.draw()
+    assert not any("$" in label.get_text() for label in figure.axes[0].get_yticklabels())
     correct = [replace(error, error=0.0) for error in errors]
     assert not plot_layer_errors(correct).axes[0].texts
     # 28 layers have no room for every name.

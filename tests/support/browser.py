@@ -242,6 +242,36 @@ def type_number(page: Page, readout: Locator, number: int) -> None:
     )
 
 
+def breakpoint_at(page: Page, line: str) -> Locator:
+    """Where a click sets or removes a breakpoint: left of the number of the first line that holds this text."""
+    cell = page.locator(".jp-CodeCell", has_text=line).first
+    lines = cell.locator(".cm-line").all_inner_texts()
+    number = next(number for number, text in enumerate(lines, 1) if line in text)
+    # The gutter's first element is hidden; it keeps the room.
+    return cell.locator(".cm-gutters > .cm-breakpoint-gutter > .cm-gutterElement").nth(number)
+
+
+def debug(page: Page, line: str) -> None:
+    """Turn the debugger on, set a breakpoint at the line, run its cell, and wait until it stops there."""
+    page.locator(".jp-DebuggerBugButton").click()
+    page.locator(".jp-DebuggerSidebar").wait_for(timeout=READY_SECONDS * 1000)
+    page.wait_for_timeout(2000)  # the kernel's debugger starts
+    breakpoint_at(page, line).click()
+    page.locator(".jp-DebuggerBreakpoint").first.wait_for(timeout=10_000)
+    page.locator(".jp-CodeCell", has_text=line).first.locator(".cm-line").first.click()
+    page.keyboard.press("Control+Enter")
+    assert wait_until(page, lambda: bool(callstack(page).strip()), 20), "it did not stop"
+
+
+def callstack(page: Page) -> str:
+    return "\n".join(page.locator(".jp-DebuggerCallstack-body").all_inner_texts())
+
+
+def press(page: Page, button: str) -> None:
+    """One of the debugger's buttons, by how its tooltip begins."""
+    page.locator(f".jp-DebuggerSidebar [title^='{button}']").first.click()
+
+
 # Records every text that the last answer has. The browser calls the observer at each change; polling would miss some.
 _RECORD = """() => {
   window.glmtrtRecorded = [];
@@ -283,11 +313,22 @@ class ChatPanel:
     def answers(self) -> Locator:
         return self.root.locator(".glmtrt-log .glmtrt-answer")
 
+    def box(self) -> Locator:
+        return self.root.locator(".glmtrt-question textarea")
+
+    def record(self) -> None:
+        """Record the texts of the next answer."""
+        self.page.evaluate(_RECORD)
+
     def send(self, question: str) -> None:
         """Type and send, recording the texts of the answer from here on."""
-        self.page.evaluate(_RECORD)
-        self.root.locator(".glmtrt-question textarea").fill(question)
+        self.record()
+        self.box().fill(question)
         self.root.locator("button.glmtrt-send").click()
+
+    def is_ready(self) -> bool:
+        """Whether no answer is running."""
+        return self.root.locator("button.glmtrt-send").is_enabled()
 
     def stop(self) -> None:
         self.root.locator("button.glmtrt-stop").click()

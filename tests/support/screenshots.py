@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests python -m support.screenshots [output folder, default build/screenshots] [numbers of notebooks]
 
-Each notebook is run in a browser and saved from top to bottom as NAME_0.png, NAME_1.png and so on.
+Each notebook is run in a browser and saved from top to bottom as NAME_0.png, NAME_1.png and so on. The pictures that
+notebooks 01 and 06 show, in notebooks/pictures, are made anew beside them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.browser import ROOT, ChatPanel, chromium, jupyterlab, missing, open_notebook, run_all_cells, wait_until
+from support.browser import (
+    ROOT,
+    ChatPanel,
+    chromium,
+    debug,
+    jupyterlab,
+    missing,
+    open_notebook,
+    press,
+    run_all_cells,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-WIDTH, SLICE = 1400, 1800
+WIDTH, SLICE = 1280, 1800
 NUMBERS = ("01", "04", "05", "06")
 QUESTION = "为什么要用 flatten？"
 _SCROLLER = """() => document.querySelector('.jp-NotebookPanel .jp-WindowedPanel-outer')
@@ -47,23 +59,40 @@ def main(output: Path, numbers: list[str]) -> int:
             try:
                 run_all_cells(page)
                 if path.stem.startswith("06"):
-                    chat(page)
+                    chat(page).root.screenshot(path=output / "06_chat_panel.png")
             except AssertionError as error:  # a picture of it helps to see why
                 failed += 1
                 print(f"{path.name}: {error}", file=sys.stderr)
             for picture in take(page, output, path.stem):
                 print(picture, flush=True)
+            if path.stem.startswith("01"):
+                debugger(page, output / "01_debugger.png")
             page.close()
     return failed
 
 
-def chat(page: Page) -> None:
+def debugger(page: Page, picture: Path) -> None:
+    """Save a picture of JupyterLab's debugger, stopped in the model's source; without the paths of this machine."""
+    page.set_viewport_size({"width": 1280, "height": 720})
+    debug(page, "return attention(")
+    press(page, "Step In")
+    page.wait_for_timeout(3000)
+    page.evaluate(
+        """() => document.querySelectorAll('.jp-DebuggerCallstackFrame-location').forEach(
+          place => { place.textContent = place.textContent.split('/').at(-1); })"""
+    )
+    page.screenshot(path=picture)
+    press(page, "Terminate")
+
+
+def chat(page: Page) -> ChatPanel:
     """Ask a question in the chat panel and wait for the whole answer."""
     panel = ChatPanel(page)
     panel.set_greedy(True)
     panel.send(QUESTION)
     if not wait_until(page, lambda: panel.status().endswith("done"), 120):
         raise AssertionError(f"no answer in two minutes, status {panel.status()!r}")
+    return panel
 
 
 def hide_sidebars(page: Page) -> None:

@@ -36,6 +36,17 @@ def test_a_kernel_that_dies_is_one_sentence(tmp_path: Path) -> None:
         run_notebooks.execute(path, tmp_path / "out.ipynb")
 
 
+def test_what_needs_a_kernel_is_not_written(tmp_path: Path) -> None:
+    """A page that is only read would show the repr of a widget, or a frame that stays empty."""
+    slider = "import ipywidgets; ipywidgets.interactive(lambda number: number, number=3)"
+    frame = "from IPython.display import IFrame; IFrame('http://127.0.0.1:1', 10, 10)"
+    run_notebooks.execute(notebook(tmp_path / "09.ipynb", slider, frame, "'text'"), tmp_path / "out.ipynb")
+    written = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    shown = [[output.data for output in cell.outputs] for cell in written.cells]
+    static = [{"text/plain": run_notebooks.STATIC}]
+    assert shown == [static, static, [{"text/plain": "'text'"}]] and "widgets" not in written.metadata
+
+
 @pytest.mark.parametrize("generate", [True, False])
 def test_cells_that_generate_are_skipped_on_request(tmp_path: Path, generate: bool) -> None:
     path = notebook(tmp_path / "09.ipynb", "print('new')", "print('always')")

@@ -1,8 +1,8 @@
 """The remote code of the stand-in checkpoint: ChatGLM-6B of 2023 written anew, small enough to read.
 
 Classes, functions, tensor names and the order of the arithmetic are upstream's, so every tool meets here
-what it meets in the real checkpoint. That includes the five habits of the original that trouble an exporter;
-they are left in on purpose, each marked `trap`, and `glmtrt patch` mends them.
+what it meets in the real checkpoint. That includes the statements of the original that trouble an exporter;
+they stand here unmarked, as they do there.
 """
 
 import math
@@ -54,10 +54,10 @@ class RotaryEmbedding(torch.nn.Module):
     def forward(self, x, seq_dim=1, seq_len=None):
         if seq_len is None:
             seq_len = x.shape[seq_dim]
-        # trap: the table stays on the module, so an export after a chat bakes a table of that chat's length
+        # one row per position; the frequencies stand twice, for both halves that rotate_half exchanges
         if self.max_seq_len_cached is None or (seq_len > self.max_seq_len_cached):
             self.max_seq_len_cached = seq_len
-            # trap: in fp16 this is a half-precision Range
+            # position times frequency, in the dtype of the frequencies
             t = torch.arange(seq_len, device=x.device, dtype=self.inv_freq.dtype)
             freqs = torch.einsum("i,j->ij", t, self.inv_freq)
             angles = torch.cat((freqs, freqs), dim=-1)
@@ -80,7 +80,7 @@ def rotate_half(x):
 @torch.jit.script_if_tracing
 def apply_rotary_pos_emb_index(q, k, cos, sin, position_id):
     # q, k: (sequence, batch, heads, d/2); position_id: (sequence, batch); cos, sin: (length, 1, d/2)
-    # trap: squeeze(1) turned into a Squeeze without axes in older exporters
+    # one row of each table for every token
     # fmt: off
     cos, sin = F.embedding(position_id, cos.squeeze(1)).unsqueeze(2), \
         F.embedding(position_id, sin.squeeze(1)).unsqueeze(2)
@@ -119,7 +119,7 @@ def attention_fn(
     keys = key_layer.reshape(total, batch * heads, head_size).permute(1, 2, 0)
     attention_scores = torch.matmul(queries, keys).view(batch, heads, sequence, total)
 
-    # trap: a branch on the mask's values
+    # True hides: after the softmax, a score of -10000 is a probability of 0
     if not (attention_mask == 0).all():
         attention_scores.masked_fill_(attention_mask, -10000.0)
     dtype = attention_scores.dtype
@@ -166,7 +166,7 @@ class SelfAttention(torch.nn.Module):
         if self.position_encoding_2d:
             q1, q2 = query_layer.chunk(2, dim=-1)
             k1, k2 = key_layer.chunk(2, dim=-1)
-            # trap: the table's length depends on the values of position_ids
+            # one half of each head is rotated by the position, the other by the block position
             cos, sin = self.rotary_emb(q1, seq_len=position_ids.max() + 1)
             position_ids, block_position_ids = (
                 position_ids[:, 0, :].transpose(0, 1).contiguous(),
@@ -375,7 +375,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     torch.tensor(i), layer_past, use_cache, output_attentions, use_reentrant=False,
                 )  # fmt: skip
             else:
-                # trap: a number that becomes a tensor
+                # every layer adds its own key and value to its past
                 layer_ret = layer(
                     hidden_states, position_ids=position_ids, attention_mask=attention_mask,
                     layer_id=torch.tensor(i), layer_past=layer_past, use_cache=use_cache,
