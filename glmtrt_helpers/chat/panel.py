@@ -16,6 +16,7 @@ import traitlets
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.chat.conversation import Chat, Reply
+from glmtrt_helpers.chat.questions import known_questions
 from glmtrt_helpers.chat.sampling import Sampling
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
@@ -69,6 +70,12 @@ class ChatPanel:
         layout, defaults = widgets.Layout, Sampling()
         self.log = widgets.HTML(layout=layout(width="auto")).add_class("glmtrt-log")
         self.question = Question(placeholder="Ask something · 问点什么").add_class("glmtrt-question")
+        self.known = widgets.Dropdown(
+            options=[("questions that it knows · 它会回答的问题", ""), *known_questions(self.checkpoint)],
+            layout=layout(width="auto", max_width="100%"),
+        ).add_class("glmtrt-known")
+        if len(self.known.options) == 1:
+            self.known.layout.display = "none"
         self.send = widgets.Button(description="send", button_style="primary").add_class("glmtrt-send")
         self.stop = widgets.Button(description="stop", disabled=True).add_class("glmtrt-stop")
         self.new = widgets.Button(description="new conversation", layout=layout(flex="0 0 auto", width="150px"))
@@ -94,7 +101,7 @@ class ChatPanel:
     def _arrange(self) -> Any:
         buttons = [self.send, self.stop, self.new, self.backend, self.greedy]
         sliders = [self.temperature, self.top_p, self.top_k, self.pace]
-        rows = [widgets.HTML(STYLE), self.log, self.question]
+        rows = [widgets.HTML(STYLE), self.log, self.known, self.question]
         for group in (buttons, sliders, [self.context, self.context_text]):
             rows.append(widgets.HBox(group, layout=widgets.Layout(flex_flow="row wrap")))
         rows.append(self.status)
@@ -103,6 +110,7 @@ class ChatPanel:
     def _connect(self) -> None:
         self.send.on_click(lambda _: self.ask(self.question.value))
         self.question.on_msg(lambda *_: self.ask(self.question.value))
+        self.known.observe(lambda _: self._choose(), "value")
         self.stop.on_click(lambda _: self.cancel())
         self.new.on_click(lambda _: self.start_over())
         self.backend.observe(lambda _: self._introduce(), "value")
@@ -117,6 +125,12 @@ class ChatPanel:
         self._set_status(text)
         self._show()
         self._show_context()
+
+    def _choose(self) -> None:
+        """Put the selected question into the box, to be sent or changed; the list can be opened again at once."""
+        if self.known.value:
+            self.question.value = self.known.value
+            self.known.value = ""
 
     def _set_status(self, text: str) -> None:
         self.status.value = as_html(text)

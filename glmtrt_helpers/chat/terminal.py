@@ -6,6 +6,7 @@ import os
 import sys
 
 from glmtrt_helpers.chat.conversation import Chat, Reply
+from glmtrt_helpers.chat.questions import known_questions
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.text import printable, tell
 
@@ -29,6 +30,9 @@ def converse(chat: Chat) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         print("An empty line or Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
+        if questions := known_questions(chat.checkpoint):
+            some = questions[:: max(1, len(questions) // 8)][:8]
+            tell(f"This model knows {len(questions)} questions, such as: {'  '.join(some)}")
     while True:
         try:
             query = input(PROMPT if interactive else "")

@@ -158,3 +158,20 @@ def test_nothing_is_written(checkpoint: Checkpoint) -> None:
     before = sorted(Path(checkpoint.directory).iterdir())
     ChatPanel(checkpoint)
     assert sorted(Path(checkpoint.directory).iterdir()) == before
+
+
+def test_four_questions_in_a_row_are_answered(checkpoint: Checkpoint) -> None:
+    panel = ChatPanel(checkpoint, backend="ort")
+    for question in ("What is a profile?", "缓存是什么布局？", "你好", "Why flatten?"):
+        panel.ask(question)
+        panel.wait(30)
+        assert panel._rounds[-1] == (question, ANSWERS[question])
+
+
+def test_the_questions_that_it_knows_can_be_selected(checkpoint: Checkpoint, tiny_random: Path) -> None:
+    panel = ChatPanel(checkpoint, backend="ort")
+    assert {value for _, value in panel.known.options[1:]} == set(ANSWERS) and panel.known.layout.display is None
+    for question in ("What is a profile?", "什么是优化配置？", "What is a profile?"):
+        panel.known.value = question
+        assert panel.question.value == question and panel.known.value == ""
+    assert ChatPanel(open_checkpoint(tiny_random)).known.layout.display == "none"

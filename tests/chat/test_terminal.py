@@ -1,5 +1,6 @@
 """The chat in a terminal: a real pseudo-terminal, Chinese typed and erased, answers streamed, Ctrl-C, pipes."""
 
+import io
 import os
 import pty
 import signal
@@ -8,16 +9,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.scripted import Scripted
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.chat.conversation import Chat
+from glmtrt_helpers.chat.questions import known_questions
 from glmtrt_helpers.chat.sampling import Sampling
-from glmtrt_helpers.chat.terminal import answer
+from glmtrt_helpers.chat.terminal import answer, converse
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
+from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.standin import conversations
 
 GLMTRT = [sys.executable, "-c", "from glmtrt_helpers.cli import boundary; boundary.main()"]
@@ -178,3 +183,23 @@ def test_an_answer_cannot_steer_the_terminal(tiny_random: Path, capsys: pytest.C
     session = Scripted(checkpoint, [*script, tokenizer.eop_id])
     answer(Chat(checkpoint, session, Sampling(greedy=True)), "a")
     assert capsys.readouterr().out == r"a\x1b[2J\u202e你" + "\n"
+
+
+def test_questions_that_a_standin_knows_are_listed_to_who_types(
+    tiny_random: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    chat: Any = SimpleNamespace(checkpoint=open_checkpoint(tiny_random))
+    monkeypatch.setattr("sys.stdin", Typed("\n"))
+    converse(chat)
+    assert "questions" not in capsys.readouterr().err
+    (tiny_random / "questions.json").write_text('["你好", "What is a profile?"]', encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", Typed("\n"))
+    converse(chat)
+    assert "This model knows 2 questions, such as: 你好  What is a profile?" in capsys.readouterr().err
+    (tiny_random / "questions.json").write_text('{"no": "list"}', encoding="utf-8")
+    with pytest.raises(WorkbookError, match=r"questions\.json holds what is not expected there"):
+        known_questions(chat.checkpoint)
