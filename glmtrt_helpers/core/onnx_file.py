@@ -14,6 +14,7 @@ from onnx import helper
 
 from glmtrt_helpers.core.artifacts import missing_graph
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.records import check_regular
 
 _LARGEST = 2**31  # bytes of a protobuf message
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -49,8 +50,10 @@ class ExternalTensor:
 def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
     """The graph without its weights. Raises WorkbookError for a file that is missing or no ONNX model."""
     path = Path(onnx_path)
-    if not path.is_file():
-        raise WorkbookError(missing_graph(path))
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        raise WorkbookError(missing_graph(path)) from None
     try:
         model = onnx.load_model_from_string(path.read_bytes() if path.stat().st_size < _LARGEST else b"")
     except DecodeError:

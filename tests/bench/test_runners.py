@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import fake_gpu
+from support.checkpoints import replace_once
 from support.exporting import exported_copy
 
 from glmtrt_helpers.bench import runners
@@ -42,6 +43,15 @@ def test_runners_on_a_cpu(tmp_path: Path, name: str) -> None:
         assert logits[0].shape == (batch, length, checkpoint.vocab_size) and np.array_equal(*logits)
         assert len(times := runner.times(step, 3)) == 3 and min(times) > 0
     runner.close()
+
+
+def test_a_source_that_fails_while_it_is_measured_is_one_sentence(tiny_random: Path) -> None:
+    code = tiny_random / "modeling_chatglm.py"
+    line = "        hidden_states = inputs_embeds.transpose(0, 1)"
+    replace_once(code, line, f"        self.no_such\n{line}")
+    step = runners.runners(open_checkpoint(tiny_random), "fp32")["torch-eager"]().step(1, 3, 0)
+    with pytest.raises(WorkbookError, match=r"modeling_chatglm\.py, line \d+: the remote code fails here"):
+        step()
 
 
 def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
