@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.artifacts import missing_graph
 from glmtrt_helpers.core.errors import WorkbookError
 
@@ -47,10 +48,12 @@ class ExternalTensor:
 
 
 def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
-    """The graph without its weights. Raises WorkbookError for a file that is missing or no ONNX model."""
+    """The graph without its weights. Raises WorkbookError for what is missing, no regular file or no ONNX model."""
     path = Path(onnx_path)
-    if not path.is_file():
-        raise WorkbookError(missing_graph(path))
+    try:
+        records.check_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise WorkbookError(missing_graph(path)) from None
     try:
         model = onnx.load_model_from_string(path.read_bytes() if path.stat().st_size < _LARGEST else b"")
     except DecodeError:
