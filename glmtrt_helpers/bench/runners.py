@@ -22,6 +22,7 @@ import torch
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.checkpoints.remote_code import in_remote_code
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.precisions import PRECISIONS
@@ -112,7 +113,7 @@ class TorchEager(Runner):
         kwargs = forward_kwargs({name: tensor.to(self.device) for name, tensor in flat.items()})
 
         def run() -> object:
-            with torch.inference_mode():
+            with torch.inference_mode(), in_remote_code():
                 return self.model(**kwargs)
 
         return run

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import fake_gpu
+from support.checkpoints import FORWARD, replace_once
 from support.exporting import exported_copy
 
 from glmtrt_helpers.bench import runners
@@ -49,6 +50,14 @@ def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
     for name, says in (("torch-graph", "CUDA graphs need"), ("classical", "is missing"), ("fast", "--fast")):
         with pytest.raises(WorkbookError, match=says):
             made[name]()
+
+
+def test_a_forward_that_fails_while_it_is_measured_is_one_sentence(tiny_random: Path) -> None:
+    checkpoint = open_checkpoint(tiny_random)
+    replace_once(checkpoint.code, FORWARD, f"        raise KeyError('x')\n{FORWARD}")
+    step = runners.runners(checkpoint, "fp32")["torch-eager"]().step(1, 4, 0)
+    with pytest.raises(WorkbookError, match=r"modeling_chatglm.py, line \d+: the remote code fails here"):
+        step()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import replace_once
+from support.checkpoints import FORWARD, replace_once
 from support.command_line import InProcess
 
 from glmtrt_helpers.checkpoints import loading, remote_code
@@ -148,9 +148,6 @@ def test_a_source_that_cannot_be_parsed_is_refused_not_a_crash(tiny_random: Path
     checkpoint.code.write_bytes("# 你好\n".encode("gbk"))
     with pytest.raises(WorkbookError, match=r"modeling_chatglm.py is not UTF-8 text"):
         loading.load_model(checkpoint)
-
-
-FORWARD = "        hidden_states = inputs_embeds.transpose(0, 1)"
 
 
 @pytest.mark.parametrize("statement", ["raise KeyError('x')", "self.no_such", "inputs_embeds @ inputs_embeds"])
