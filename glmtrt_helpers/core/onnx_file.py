@@ -23,7 +23,7 @@ _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):
     """The key-value pairs of a tensor's `external_data`, as onnx.proto names them."""
 
-    location: str
+    location: Annotated[str, msgspec.Meta(min_length=1)]
     offset: _Bytes = 0
     length: _Bytes | None = None
     checksum: str = ""
@@ -124,11 +124,12 @@ def _inside_the_folder(path: Path, tensor: onnx.TensorProto) -> ExternalTensor:
     if os.path.isabs(where) or os.path.commonpath([folder, os.path.realpath(target)]) != folder:
         raise WorkbookError(f"{path} keeps {tensor.name!r} in {where!r}, which is not in its folder: export it again.")
     file = Path(os.path.normpath(path.parent / where.replace("\0", "?")))
-    if not os.path.isfile(target):
+    if not os.path.exists(target):
         raise WorkbookError(
             f"{file} is missing, but {path.name} keeps {tensor.name!r} in it: put the graph back "
             "into its checkpoint's folder, or export it again."
         )
+    records.check_regular(file)
     size = os.path.getsize(target)
     if offset + nbytes > size:
         raise WorkbookError(

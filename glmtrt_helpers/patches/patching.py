@@ -181,6 +181,8 @@ def restore_checkpoint(directory: str | Path) -> Path | None:
 
 def _is_ours(path: Path, backup: Path) -> bool:
     """Whether the source is its backup, patched; False for a hand edit. Raises WorkbookError for another source."""
+    for file in (path, backup):
+        records.check_regular(file)
     if path.read_bytes() == backup.read_bytes():
         return True
     try:
@@ -206,9 +208,12 @@ def _free_name(path: Path) -> Path:
 
 def _read(directory: str | Path) -> tuple[Path, str]:
     path = Path(directory) / CODE_NAME
-    if not path.is_file():
-        raise WorkbookError(f"{path} is missing: it comes with the checkpoint and defines the model, copy it there.")
-    return path, read_source(path)
+    try:
+        return path, read_source(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise WorkbookError(
+            f"{path} is missing: it comes with the checkpoint and defines the model, copy it there."
+        ) from None
 
 
 class _Length(msgspec.Struct):
@@ -226,8 +231,9 @@ def _max_length(config: Path) -> int:
 def _is_backup(backup: Path, source: str, max_length: int) -> bool:
     """Whether the backup is the source before its patches; if not, restoring would bring back another file."""
     done = [name for name, blocker in find_blockers(source).items() if blocker.state == PATCHED]
+    original = read_source(backup)
     with naming(backup):
-        return patch_source(read_source(backup), max_length, done) == source
+        return patch_source(original, max_length, done) == source
 
 
 def _write(path: Path, source: str, like: Path) -> None:

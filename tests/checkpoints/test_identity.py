@@ -250,7 +250,7 @@ PLACES: dict[str, tuple[Change, str]] = {
     "beyond the end": (point(offset=str(2**40)), "ends at byte"),
     "absolute": (point("/etc/passwd", "0"), "which is not in its folder"),
     "the folder above": (point("../chatglm_random/../../etc/passwd", "0"), "which is not in its folder"),
-    "nothing": (point(""), "is missing, but"),
+    "nothing": (point(""), "but not where"),
     "missing": (point("no.safetensors"), "no.safetensors is missing, but"),
     "another file of the folder": (point("ice_text.model", "0", None), "(that tensor is in|ends at byte)"),
     "zero byte": (point("a\0b"), "is missing, but"),
