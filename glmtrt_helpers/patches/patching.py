@@ -8,7 +8,6 @@ later families share class names but not these statements, and are refused.
 """
 
 import difflib
-import itertools
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.python_source import naming, read_source
 from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.files import free_name, replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
 from glmtrt_helpers.patches.source_tree import ADVICE, Edits, parse
 
@@ -172,7 +171,7 @@ def restore_checkpoint(directory: str | Path) -> Path | None:
         raise WorkbookError(f"{backup} is missing: nothing was patched here, so there is nothing to restore.")
     edited = None
     if path.exists() and not _is_ours(path, backup):
-        edited = _free_name(path.with_name(f"{CODE_NAME}.edited"))
+        edited = free_name(path.with_name(f"{CODE_NAME}.edited"))
         with replacing(edited) as temporary:
             shutil.copy(path, temporary)
     backup.replace(path)
@@ -198,12 +197,6 @@ def _is_ours(path: Path, backup: Path) -> bool:
             f"revision, and stays; remove {backup.name} to patch it, or rename that to {CODE_NAME} to go back."
         )
     return False
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or with a number where there is such a file."""
-    names = (path if number == 1 else path.with_name(f"{path.name}{number}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
 
 
 def _read(directory: str | Path) -> tuple[Path, str]:
