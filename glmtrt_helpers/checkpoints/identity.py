@@ -54,7 +54,7 @@ class Origin:
     """What a graph or an engine was made from: the hash of the source, and the shards by file name."""
 
     code_sha256: _Digest
-    shards: dict[_FileName, ShardIdentity]
+    shards: Annotated[dict[_FileName, ShardIdentity], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no record of the shards": (drop(SHARDS_KEY), OLDER),
     "no record of the source": (drop(CODE_KEY), OLDER),
     "a damaged record": (lambda c: edit_record(c, lambda r: r[SHARD].update(size="1")), "has damaged metadata"),
+    "no shard": (lambda c: edit_record(c, lambda r: r.clear()), "has damaged metadata"),
     "a shard too many": (
         lambda c: edit_record(c, lambda r: r.update({"../x": r[SHARD]})),
         "has damaged metadata",
