@@ -123,7 +123,7 @@ def _inside_the_folder(path: Path, tensor: onnx.TensorProto) -> ExternalTensor:
     target = os.path.join(folder, where.replace("\0", "?"))
     if os.path.isabs(where) or os.path.commonpath([folder, os.path.realpath(target)]) != folder:
         raise WorkbookError(f"{path} keeps {tensor.name!r} in {where!r}, which is not in its folder: export it again.")
-    file = Path(os.path.normpath(path.parent / where.replace("\0", "?")))
+    file = path.parent / os.path.relpath(target, folder)  # the folder as it was given, which may hold ".."
     if not os.path.exists(target):
         raise WorkbookError(
             f"{file} is missing, but {path.name} keeps {tensor.name!r} in it: put the graph back "

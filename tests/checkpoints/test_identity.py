@@ -326,3 +326,12 @@ def test_shards_converted_from_bin_are_recorded(tiny_random: Path) -> None:
     path = exporting.export_model(open_checkpoint(tiny_random)).path
     origin = open_export(path, whole=True).origin
     assert origin is not None and all(name.endswith(".safetensors") for name in origin.shards)
+
+
+@pytest.mark.parametrize("folder", ["{0}/../{1}", "{0}/inside/..", "{0}/./", "{0}/../../{2}/{1}"])
+def test_a_path_with_dots_is_the_same_export(checkpoint: Checkpoint, folder: str) -> None:
+    directory = checkpoint.directory
+    (directory / "inside").mkdir()
+    same = Path(folder.format(directory, directory.name, directory.parent.name))
+    expected = [tensor.file.name for tensor in open_export(path_of(checkpoint)).external]
+    assert [tensor.file.name for tensor in open_export(same / path_of(checkpoint).name).external] == expected

@@ -150,7 +150,9 @@ def test_a_source_that_cannot_be_parsed_is_refused_not_a_crash(tiny_random: Path
         loading.load_model(checkpoint)
 
 
-@pytest.mark.parametrize("statement", ["raise KeyError('x')", "self.no_such", "inputs_embeds @ inputs_embeds"])
+@pytest.mark.parametrize(
+    "statement", ["raise KeyError('x')", "self.no_such", "inputs_embeds @ inputs_embeds", "exit(0)"]
+)
 def test_a_forward_that_fails_is_one_sentence(tiny_random: Path, glmtrt: InProcess, statement: str) -> None:
     patching.patch_checkpoint(tiny_random)
     (tiny_random / "modeling_chatglm.py.orig").unlink()  # or verify would run that
