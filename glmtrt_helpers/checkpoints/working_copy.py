@@ -56,7 +56,8 @@ def make_working_copy(source: str | Path, runs: str | Path | None = None, *, ful
     code = [file.relative_to(source).as_posix() for file in code_files(source)]
     files = sorted({path.name for path in source.iterdir() if path.is_file() and not is_temporary(path)} | set(code))
     before = _claim(source, target, files)
-    _write_marker(target, dict.fromkeys(files, "") | before)
+    digests = {name: _digest(source / name) for name in files}
+    _write_marker(target, digests | before)  # what is still the old one has the old digest
     gone = before.keys() - set(files)
     stale = [name for name in files if name.endswith(".bin") and not _is_current(source / name, target / name)]
     if stale or any(name.endswith(".bin") for name in gone):
@@ -66,7 +67,7 @@ def make_working_copy(source: str | Path, runs: str | Path | None = None, *, ful
         (target / name).unlink(missing_ok=True)
     for name in files:
         _refresh(source / name, target / name, before.get(name, ""), full)
-    _write_marker(target, {name: _digest(source / name) for name in files})
+    _write_marker(target, digests)
     return target
 
 
