@@ -229,20 +229,41 @@ def export(
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="an ONNX model")]) -> None:
-    """Summarise an ONNX graph.
+def inspect(path: Annotated[Path, typer.Argument(help="an ONNX model, or a working copy with exports")]) -> None:
+    """Summarise an ONNX graph, or every graph of a working copy.
 
     Exit code 1 if a dimension is static that should be dynamic, or an input has no effect.
     """
+    from glmtrt_helpers.core.artifacts import graphs_of
     from glmtrt_helpers.core.display import print_rich
     from glmtrt_helpers.graphs.checks import problems
     from glmtrt_helpers.graphs.summary import summarize
 
-    print_rich(summarize(file))
-    found = problems(file)
+    found: list[str] = []
+    for file in graphs_of(path):
+        print_rich(summarize(file))
+        found += problems(file)
     for problem in found:
         tell(f"glmtrt: {problem}")
     if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="an ONNX model")],
+    second: Annotated[Path, typer.Argument(help="another one")],
+) -> None:
+    """Compare two ONNX graphs: opsets, inputs and outputs, nodes, weights, and where they part.
+
+    Exit code 1 if they differ. Weights are compared by name, type and shape, constants by value.
+    """
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.graphs.comparison import compare_graphs
+
+    rows = [(each.what, each.first, each.second) for each in compare_graphs(first, second)]
+    print_table(["difference", str(first), str(second)], rows or [("none", "", "")])
+    if rows:
         raise typer.Exit(1)
 
 
@@ -251,8 +272,9 @@ def verify(
     directory: Directory,
     dtype: Dtype = "fp16",
     case: Annotated[list[str] | None, typer.Option(help="only cases whose name contains this; repeatable")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="another graph of this model (default: model.DTYPE.onnx)")] = None,
 ) -> None:
-    """Compare the exported graph with PyTorch.
+    """Compare an exported graph with PyTorch.
 
     The cases have shapes that the export did not use. Exit code 1 if an error exceeds the tolerance.
     """
@@ -266,12 +288,40 @@ def verify(
         if not part or not any(part in each.name for each in CASES):
             names = ", ".join(each.name for each in CASES)
             raise typer.BadParameter(f"{part!r} is part of no case's name: {names}.", param_hint="--case")
-    result = verification.verify(open_checkpoint(directory), dtype, selected, progress=say)
+    result = verification.verify(open_checkpoint(directory), dtype, selected, onnx, progress=say)
     print_rich(result)
     for problem in result.problems:
         tell(f"glmtrt: {problem}")
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def locate(
+    directory: Directory,
+    dtype: Dtype = "fp16",
+    onnx: Annotated[Path | None, typer.Option(help="another graph of this model (default: model.DTYPE.onnx)")] = None,
+) -> None:
+    """Find the layer and the node where a graph begins to differ from PyTorch.
+
+    Exit code 1 if it differs.
+    """
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.core.display import print_rich
+    from glmtrt_helpers.graphs import locate
+
+    found = locate.locate(open_checkpoint(directory), dtype, onnx, progress=say)
+    print_rich(found)
+    if found.first is None:
+        tell("No point is over its tolerance.", sys.stdout)
+        return
+    tell(f"The first point over its tolerance: {found.first.name}.", sys.stdout)
+    if found.fault:
+        tell(
+            f"The first node whose result PyTorch does not compute: {found.fault}. Look there, and at what it reads.",
+            sys.stdout,
+        )
+    raise typer.Exit(1)
 
 
 @app.command()

@@ -13,6 +13,13 @@ def is_part(path: Path) -> bool:
     return "fast" in path.name.split(".")
 
 
+def graphs_of(path: Path) -> list[Path]:
+    """The graph at a path; of a folder, all exports in it, or the one that `glmtrt export` would write there."""
+    if not path.is_dir():
+        return [path]
+    return sorted(path.glob("model.*.onnx")) or [path / "model.fp16.onnx"]
+
+
 def missing_graph(path: Path) -> str:
     """The error's sentence for a graph that does not exist: which one, and how to make it."""
     return f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}{cli_options(path)}`."

@@ -12,9 +12,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
-from glmtrt_helpers.core import records
 from glmtrt_helpers.core.artifacts import missing_graph
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.records import check_regular
 
 _LARGEST = 2**31  # bytes of a protobuf message
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -51,7 +51,7 @@ def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
     """The graph without its weights. Raises WorkbookError for what is missing, no regular file or no ONNX model."""
     path = Path(onnx_path)
     try:
-        records.check_regular(path)
+        check_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         raise WorkbookError(missing_graph(path)) from None
     try:
@@ -129,7 +129,7 @@ def _inside_the_folder(path: Path, tensor: onnx.TensorProto) -> ExternalTensor:
             f"{file} is missing, but {path.name} keeps {tensor.name!r} in it: put the graph back "
             "into its checkpoint's folder, or export it again."
         )
-    records.check_regular(file)
+    check_regular(file)
     size = os.path.getsize(target)
     if offset + nbytes > size:
         raise WorkbookError(

@@ -117,7 +117,7 @@ def compare_layers(
 
     session: runs the graph that `mark_layers` writes; ONNX Runtime by default. Raises as `verify` does.
     """
-    path = check_exported(checkpoint, dtype, onnx_path)
+    path, _ = check_exported(checkpoint, dtype, onnx_path)
     marked = path.with_name(path.stem + ".layers.onnx")
     try:
         points = mark_layers(path, marked, checkpoint.num_layers)

@@ -116,7 +116,7 @@ def references(
     One model is in memory at a time: in fp16 its weights stay mapped from the shards, in fp32 a large one is streamed
     layer by layer.
     """
-    session = _source_session(checkpoint, torch.float32, rotary=DTYPES[dtype], points=points)
+    session = source_session(checkpoint, torch.float32, rotary=DTYPES[dtype], points=points)
     ready = []
     for case in cases:
         progress(f"PyTorch fp32: {case.name}")
@@ -126,7 +126,7 @@ def references(
         return ready
     del session
     gc.collect()  # modules refer to each other in cycles, and 27 GB should not wait for a collection
-    session = _source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
+    session = source_session(checkpoint, torch.float16, rotary=torch.float16, points=points)
     progress("PyTorch fp16")
     return [replace(one, own_errors=_own_errors(one, run_tensors(session, one.flat))) for one in ready]
 
@@ -187,7 +187,7 @@ def _hook(module: torch.nn.Module, point: Point, traced: dict[str, torch.Tensor]
     return module.register_forward_pre_hook(before) if point.side == "in" else module.register_forward_hook(after)
 
 
-def _source_session(
+def source_session(
     checkpoint: Checkpoint, dtype: torch.dtype, rotary: torch.dtype, points: Sequence[Point]
 ) -> _TracedSession:
     """The unpatched source in dtype, with its rotary tables computed in the dtype `rotary`."""

@@ -49,8 +49,8 @@ class GraphSummary:
         table.add_row("bytes of the file itself", f"{self.file_bytes:,}")
         for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
             # Layers repeat: the first and the last tensors tell the rest.
-            shown = tensors if len(tensors) <= 7 else [*tensors[:5], *tensors[-2:]]
-            text = "\n".join(f"{t.name} {t.dtype} ({', '.join(map(str, t.dims))})" for t in shown)
+            lines = [f"{t.name} {t.dtype} ({', '.join(map(str, t.dims))})" for t in tensors]
+            text = "\n".join(lines if len(lines) <= 7 else [*lines[:5], "...", *lines[-2:]])
             table.add_row(f"{len(tensors)} {kind}{'s' if len(tensors) != 1 else ''}", text)
         return table
 
@@ -65,7 +65,7 @@ def summarize(onnx_path: str | Path) -> GraphSummary:
     export = open_export(path)
     model = export.model
     kinds = Counter(node.op_type for node in model.graph.node)
-    weights = [tensor for tensor in model.graph.initializer if _is_weight(tensor)]
+    weights = [tensor for tensor in model.graph.initializer if is_weight(tensor)]
     return GraphSummary(
         path=path,
         producer=f"{model.producer_name} {model.producer_version}".strip(),
@@ -91,7 +91,7 @@ def describe(value: onnx.ValueInfoProto) -> TensorInfo:
     return TensorInfo(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, dims)
 
 
-def _is_weight(tensor: onnx.TensorProto) -> bool:
+def is_weight(tensor: onnx.TensorProto) -> bool:
     """A parameter of the model, not a constant of the exporter: stored outside the file, or named like one."""
     return bool(tensor.external_data) or tensor.name.endswith((".weight", ".bias"))
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.config import expected_shapes
-from glmtrt_helpers.checkpoints.identity import open_export
+from glmtrt_helpers.checkpoints.identity import Export, open_export
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.export import exporting
@@ -48,10 +48,14 @@ class CaseResult:
 
 @dataclass
 class Verification:
-    """What `verify` found. skipped: cases that the model has too few positions for, and why; problems: of `checks`."""
+    """What `verify` found. skipped: cases that the model has too few positions for, and why; problems: of `checks`.
+
+    foreign: the graph is not of `glmtrt export`, so what it was made from is not recorded in it.
+    """
 
     onnx_path: Path
     dtype: str
+    foreign: bool = False
     rows: list[CaseResult] = field(default_factory=list)
     skipped: list[tuple[Case, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -62,6 +66,8 @@ class Verification:
 
     def __rich__(self) -> Table:
         notes = [f"{row.case.name}: {row.note}" for row in self.rows if row.note]
+        if self.foreign:
+            notes.append("not written by glmtrt export: source and weights are compared by what they compute alone")
         notes += [f"skipped {case.name}: {why}" for case, why in self.skipped] + self.problems
         table = Table(title=f"{self.onnx_path.name} against PyTorch", title_justify="left")
         table.caption, table.caption_justify = "\n".join(notes) or None, "left"
@@ -94,8 +100,8 @@ def verify(
     was built from it; ONNX Runtime by default.
     Raises WorkbookError where the graph is missing, older than the source, or another checkpoint's.
     """
-    path = check_exported(checkpoint, dtype, onnx_path)
-    result = Verification(path, dtype, problems=problems(path, checkpoint))
+    path, export = check_exported(checkpoint, dtype, onnx_path)
+    result = Verification(path, dtype, export.origin is None, problems=problems(path, checkpoint))
     fitting = []
     for case in cases:
         fitted, why = fit(case, checkpoint.max_length)
@@ -112,12 +118,13 @@ def verify(
     return result
 
 
-def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | None) -> Path:
-    """The graph's path, after checking that it is this checkpoint's and was exported from its present source."""
+def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | None) -> tuple[Path, Export]:
+    """The graph and its path, after checking that it is this checkpoint's and was exported from its present source."""
     if dtype not in DTYPES:
         raise WorkbookError(f"{dtype!r} is not a precision of this workbook: choose one of {', '.join(DTYPES)}.")
     path = Path(onnx_path) if onnx_path else exporting.onnx_path(checkpoint, dtype)
-    model = open_export(path, whole=True).model
+    export = open_export(path, whole=True)
+    model = export.model
     layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
     shapes = expected_shapes(checkpoint.config)
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
@@ -126,7 +133,7 @@ def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | N
         raise WorkbookError(
             f"{path} was exported from another checkpoint ({what}): export {checkpoint.directory} again."
         )
-    return path
+    return path, export
 
 
 def _compare(one: Reference, session: Session, dtype: str) -> CaseResult:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import fake_gpu
-from support.checkpoints import FORWARD, replace_once
+from support.checkpoints import replace_once
 from support.exporting import exported_copy
 
 from glmtrt_helpers.bench import runners
@@ -45,19 +45,20 @@ def test_runners_on_a_cpu(tmp_path: Path, name: str) -> None:
     runner.close()
 
 
+def test_a_source_that_fails_while_it_is_measured_is_one_sentence(tiny_random: Path) -> None:
+    code = tiny_random / "modeling_chatglm.py"
+    line = "        hidden_states = inputs_embeds.transpose(0, 1)"
+    replace_once(code, line, f"        self.no_such\n{line}")
+    step = runners.runners(open_checkpoint(tiny_random), "fp32")["torch-eager"]().step(1, 3, 0)
+    with pytest.raises(WorkbookError, match=r"modeling_chatglm\.py, line \d+: the remote code fails here"):
+        step()
+
+
 def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
     made = runners.runners(exported_copy(tmp_path), "fp16")
     for name, says in (("torch-graph", "CUDA graphs need"), ("classical", "is missing"), ("fast", "--fast")):
         with pytest.raises(WorkbookError, match=says):
             made[name]()
-
-
-def test_a_forward_that_fails_while_it_is_measured_is_one_sentence(tiny_random: Path) -> None:
-    checkpoint = open_checkpoint(tiny_random)
-    replace_once(checkpoint.code, FORWARD, f"        raise KeyError('x')\n{FORWARD}")
-    step = runners.runners(checkpoint, "fp32")["torch-eager"]().step(1, 4, 0)
-    with pytest.raises(WorkbookError, match=r"modeling_chatglm.py, line \d+: the remote code fails here"):
-        step()
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from glmtrt_helpers.cli import boundary, doctor
 from glmtrt_helpers.cli.commands import app
 from glmtrt_helpers.core import display, processes
 from glmtrt_helpers.core.processes import GLMTRT
+from glmtrt_helpers.graphs import comparison
 from glmtrt_helpers.standin import train
 from glmtrt_helpers.workbook import run_notebooks
 
@@ -50,6 +51,8 @@ CALLS = {
     "patch": Call("DIR --restore", early=(Path, "exists")),
     "export": Call(),
     "inspect": Call("DIR/model.fp16.onnx", writes=False, early=(display, "print_rich")),
+    "compare": Call("DIR/model.fp16.onnx DIR/model.fp16.onnx", writes=False, early=(comparison, "compare_graphs")),
+    "locate": Call("DIR", writes=False),
     "verify": Call("DIR --case one", writes=False),
     "build": Call("DIR --past 1,2,8 --prompt 1,2,8"),
     "chat": Call("DIR --backend ort --prompt a --max-length 12", writes=False),

@@ -1,16 +1,22 @@
 """Every fault that a graph can have is named in one sentence, and a good export has none."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import parser
+import torch
+import transformers
+from onnx import numpy_helper, parser
 from support.exporting import editing, path_of
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.onnx_file import load_graph
+from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs.checks import StaticDimension, dead_inputs, missing_inputs, problems, static_dimensions
+from glmtrt_helpers.graphs.scopes import GraphIndex
 from glmtrt_helpers.graphs.summary import summarize
 
 
@@ -110,3 +116,61 @@ def test_weights_of_another_name_or_shape_are_problems(checkpoint: Checkpoint) -
     assert summarize(path_of(checkpoint, "fp32")).parameters == summarize(path_of(checkpoint)).parameters
     smaller = replace(checkpoint, config={**checkpoint.config, "inner_hidden_size": 128})
     assert "has shape (256, 64) instead of (128, 64)" in problems(path_of(checkpoint, "fp32"), smaller)[0]
+
+
+def freeze(kind: str, module: str, sizes: dict[int, int]) -> Callable[[onnx.ModelProto], None]:
+    """Give constant sizes to some axes of the target of the first Reshape of a module."""
+
+    def damage(model: onnx.ModelProto) -> None:
+        index = GraphIndex(model)
+        node = next(n for n, s in zip(index.nodes, index.scopes, strict=True) if n.op_type == kind and s == module
+                    and len(index.nodes[index.producer[n.input[1]]].input) > 2)  # fmt: skip
+        concat = index.nodes[index.producer[node.input[1]]]
+        for axis, size in sizes.items():
+            model.graph.initializer.append(numpy_helper.from_array(np.array([size]), f"frozen_{axis}"))
+            concat.input[axis] = f"frozen_{axis}"
+
+    return damage
+
+
+def test_a_batch_that_became_a_constant_inside_the_graph_is_found(checkpoint: Checkpoint) -> None:
+    """Inputs and outputs say that the batch is dynamic; a Reshape in the middle knows only the example's."""
+    module = "transformer.layers.0.attention"
+    with editing(path_of(checkpoint)) as model:
+        freeze("Reshape", module, {1: 2})(model)
+    (sentence,) = problems(path_of(checkpoint), checkpoint)
+    assert sentence.startswith("Reshape node_view") and f"in {module} turns a dynamic dimension into a part of 2 x" in (
+        sentence
+    )
+
+
+@pytest.mark.parametrize(
+    ("exporter", "opset"), [("dynamo", 19), ("dynamo", 21), ("dynamo", 23), ("dynamo", 24), ("torchscript", 17),
+                            ("torchscript", 20)])  # fmt: skip
+@pytest.mark.slow
+def test_nothing_is_found_in_sound_exports(checkpoint: Checkpoint, exporter: str, opset: int) -> None:
+    path = exporting.export_model(checkpoint, "fp32", exporter=exporter, opset=opset).path
+    assert problems(path) == problems(path, checkpoint) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])
+def test_nothing_is_found_in_other_models(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    if kind != "GPT2":
+        sizes["num_key_value_heads"] = 2
+    config = getattr(transformers, f"{kind}Config")(**sizes, use_cache=False)
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    model = getattr(transformers, name)(config).eval()
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    path = tmp_path / "model.onnx"
+    with exporting.quiet():
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, 5, dtype=torch.int64),),
+            str(path),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes={"input_ids": {0: batch, 1: sequence}},
+        )
+    assert problems(path) == []

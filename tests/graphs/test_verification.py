@@ -26,6 +26,7 @@ from support.exporting import (
 )
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
+from glmtrt_helpers.core import onnx_file
 from glmtrt_helpers.core.display import print_rich
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.export import exporting
@@ -217,3 +218,20 @@ def test_the_graph_is_not_changed_by_looking(checkpoint: Checkpoint) -> None:
     compare_layers(checkpoint, "fp32")
     assert path.read_bytes() == before and exporting.onnx_path(checkpoint, "fp32") == path
     assert re.search(rb"glmtrt\.shards", before) and onnx.load(str(path), load_external_data=False).metadata_props
+
+
+def test_a_graph_of_another_exporter_is_compared_by_what_it_computes(checkpoint: Checkpoint) -> None:
+    """It may fold weights, and says nothing of its origin, which the result says."""
+    foreign = exporting.onnx_path(checkpoint, "fp16").with_name("foreign.onnx")
+    model = onnx_file.load_graph(exporting.onnx_path(checkpoint, "fp16"))
+    del model.metadata_props[:]
+    model.producer_name = "pytorch"
+    for tensor in model.graph.initializer:
+        if tensor.name == "transformer.layers.0.mlp.dense_h_to_4h.weight":
+            tensor.name = "folded"
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = {"transformer.layers.0.mlp.dense_h_to_4h.weight": "folded"}.get(name, name)
+    foreign.write_bytes(model.SerializeToString())
+    result = verification.verify(checkpoint, "fp16", CASES[1:2], foreign)
+    assert result.ok and result.foreign and not verification.verify(checkpoint, "fp16", CASES[1:2]).foreign
