@@ -8,8 +8,10 @@ from pathlib import Path
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.identity import open_export
+from glmtrt_helpers.core.artifacts import cli_options
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.plan_info import check_plan
+from glmtrt_helpers.inputs.names import input_names, output_names
 from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.onnxruntime import OrtSession, plain_session
 
@@ -29,7 +31,14 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> S
         return TorchSession(load_bounded(checkpoint, DTYPES[dtype]))
     if backend == "ort":
         path = checkpoint.directory / f"model.{dtype}.onnx"
-        return plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path)
+        session = plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path)
+        names = {*input_names(checkpoint.num_layers), *output_names(checkpoint.num_layers)}
+        if other := names ^ {*session.inputs, *session.output_names}:
+            raise WorkbookError(
+                f"{path} is not the graph of a step of this checkpoint, which differs in {min(other)!r}: run notebook "
+                f"03_export_onnx or `glmtrt export {path.parent}{cli_options(path)}` again."
+            )
+        return session
     if backend == "tensorrt":
         from glmtrt_helpers.engines.session import TensorRTSession  # cuda-python
 

@@ -19,11 +19,16 @@ _LOCAL_CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")  # module.Class
 
 
 def code_files(directory: Path) -> list[Path]:
-    """Every Python source that remote code in `directory` can import from there, packages in it included."""
+    """Every Python source that remote code in `directory` can import from there, packages in it included.
+
+    Raises WorkbookError for one that is no regular file: reading it might not end.
+    """
     found = []
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if name.isidentifier() and name != "__pycache__"]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
+    for file in found:
+        check_regular(file)
     return sorted(found)
 
 
@@ -35,6 +40,7 @@ def code_sha256(source: Path, directory: Path | None = None) -> str:
     """
     directory = directory or source.parent
     main = directory / CODE_NAME
+    check_regular(source)
     digest = hashlib.sha256()
     for file in sorted({main, *code_files(directory)}):
         content = (source if file == main else file).read_bytes()

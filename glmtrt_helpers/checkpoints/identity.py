@@ -26,6 +26,7 @@ from glmtrt_helpers.checkpoints.shards import StoredTensor, locate_tensors, read
 from glmtrt_helpers.core.artifacts import cli_options
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import ExternalTensor, external_tensors, load_graph
+from glmtrt_helpers.core.records import check_regular
 
 CODE_KEY, SHARDS_KEY = "glmtrt.code_sha256", "glmtrt.shards"  # entries of the model's metadata
 PRODUCER = "glmtrt"
@@ -53,7 +54,7 @@ class Origin:
     """What a graph or an engine was made from: the hash of the source, and the shards by file name."""
 
     code_sha256: _Digest
-    shards: dict[_FileName, ShardIdentity]
+    shards: Annotated[dict[_FileName, ShardIdentity], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ def check_origin(origin: Origin, made: Path, directory: Path, again: str, *, who
     again: what to do then, "export again with `...`". whole: compare every byte of the shards that has been recorded.
     """
     for file in (directory / name for name in (CODE_NAME, *origin.shards)):
-        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+        if not os.path.exists(file):  # Path.exists raises for a name that is too long
             raise WorkbookError(f"{file} is missing, and {made.name} was made from it: put it back, or {again}.")
+        check_regular(file)
     if code_sha256(directory / CODE_NAME) != origin.code_sha256:
         raise WorkbookError(
             f"{made} was made from another version of {CODE_NAME} or of the code beside it than {directory} holds, "

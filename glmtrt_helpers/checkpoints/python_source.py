@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.core.records import check_regular
 
 DEEPEST = 100  # levels of the syntax tree; upstream has 17, and parsers crash at some thousand
 _AGAIN = "copy it from the checkpoint again"
@@ -18,7 +19,8 @@ _NOT_FORWARD = {"__init__", "get_prompt"}
 
 
 def read_source(path: Path) -> str:
-    """The text of a source. Raises WorkbookError where it is not UTF-8."""
+    """The text of a source. Raises WorkbookError where it is no regular file or not UTF-8."""
+    check_regular(path)
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

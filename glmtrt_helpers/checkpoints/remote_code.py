@@ -153,7 +153,7 @@ def in_remote_code() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SIGTERM is one, too, and the command line finds it as the cause
         line = remote_line(error)
         if not line or isinstance(error, WorkbookError | MemoryError) or _NO_MEMORY.search(str(error)):
             raise

@@ -6,18 +6,22 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from blake3 import blake3
 
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
 from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import is_temporary, replacing
+from glmtrt_helpers.core.files import free_name, is_temporary, replacing
+from glmtrt_helpers.core.text import tell
 
 # From this size on, files are cloned or linked instead of copied.
 LINK_BYTES = 64 * 2**20
-# In every working copy: the names of the files that it mirrors. A folder without it is somebody's own.
+# In every working copy: the names of the files that it mirrors, with a digest of each small one. A folder without it is
+# somebody's own.
 MARKER = ".glmtrt-working-copy.json"
 _FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file until either is written to
 
@@ -40,7 +44,8 @@ def make_working_copy(source: str | Path, runs: str | Path | None = None, *, ful
     Small files are copied; large ones share their blocks with the original where the file system can, and are hard
     links elsewhere, unless `full` asks for copies. Symbolic links are resolved first. What has gone from the checkpoint
     goes from the copy; what the later steps made there stays, also a patched source, unless the checkpoint's own source
-    has changed since. A working copy is returned as it is. runs: another folder than `run`.
+    has changed since. What else was changed there by hand is kept beside, as `.edited`, and told. A working copy is
+    returned as it is. runs: another folder than `run`.
     Raises WorkbookError as `open_checkpoint` does, where no hard link can be made, and for a folder at that place that
     is not a working copy.
     """
@@ -51,16 +56,18 @@ def make_working_copy(source: str | Path, runs: str | Path | None = None, *, ful
     code = [file.relative_to(source).as_posix() for file in code_files(source)]
     files = sorted({path.name for path in source.iterdir() if path.is_file() and not is_temporary(path)} | set(code))
     before = _claim(source, target, files)
-    _write_marker(target, before | set(files))
-    gone = before - set(files)
+    digests = {name: _digest(source / name) for name in files}
+    _write_marker(target, digests | before)  # what is still the old one has the old digest
+    gone = before.keys() - set(files)
     stale = [name for name in files if name.endswith(".bin") and not _is_current(source / name, target / name)]
     if stale or any(name.endswith(".bin") for name in gone):
         _forget_streamed(target, files)
     for name in sorted(gone, key=lambda name: not name.endswith(".index.json")):  # an index before its shards
+        _keep_edit(target / name, before[name])
         (target / name).unlink(missing_ok=True)
     for name in files:
-        _refresh(source / name, target / name, full)
-    _write_marker(target, set(files))
+        _refresh(source / name, target / name, before.get(name, ""), full)
+    _write_marker(target, digests)
     return target
 
 
@@ -83,8 +90,8 @@ def _named(source: str | Path) -> Path:
     return source.resolve() if source.name in ("", "..") else source
 
 
-def _claim(source: Path, target: Path, files: Collection[str]) -> set[str]:
-    """Make the folder and return the names that it mirrors. Raises WorkbookError for a folder of somebody else's.
+def _claim(source: Path, target: Path, files: Collection[str]) -> dict[str, str]:
+    """Make the folder and return its `_read_marker`. Raises WorkbookError for a folder of somebody else's.
 
     Working copies had no marker once: a folder that holds the whole checkpoint unchanged, apart from patches and with
     large files linked, is taken for one, and any other must be moved away by hand.
@@ -98,26 +105,28 @@ def _claim(source: Path, target: Path, files: Collection[str]) -> set[str]:
     if is_working_copy(target):
         return _read_marker(target)
     if all(is_temporary(path) for path in target.iterdir()):
-        return set()
+        return {}
     if all(_is_current(source / name, target / name) for name in files):
-        return set(files)
+        return dict.fromkeys(files, "")
     raise WorkbookError(
         f"{target} holds files and no {MARKER}, so it is not a working copy of `glmtrt copy`, or an old one of another "
         "state of the checkpoint: move it away, or delete it if you do not need it."
     )
 
 
-def _read_marker(target: Path) -> set[str]:
-    """The mirrored names; a marker that somebody damaged names none, so nothing is removed."""
+def _read_marker(target: Path) -> dict[str, str]:
+    """The mirrored names and digests; a marker that somebody damaged names none, so nothing is removed."""
     try:
-        names = records.read(target / MARKER, dict[str, list[str]], "copy again").get("files", [])
+        names = records.read(target / MARKER, dict[str, dict[str, str]], "copy again").get("files", {})
     except WorkbookError:
-        return set()
-    return {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
+        return {}
+    return {
+        name: digest for name, digest in names.items() if not Path(name).is_absolute() and ".." not in Path(name).parts
+    }
 
 
-def _write_marker(target: Path, names: Collection[str]) -> None:
-    text = json.dumps({"files": sorted(names)}, indent=1, ensure_ascii=False) + "\n"
+def _write_marker(target: Path, files: Mapping[str, str]) -> None:
+    text = json.dumps({"files": dict(sorted(files.items()))}, indent=1, ensure_ascii=False) + "\n"
     if not is_working_copy(target) or (target / MARKER).read_bytes() != text.encode():
         with replacing(target / MARKER) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -142,12 +151,26 @@ def _forget_streamed(target: Path, files: Collection[str]) -> None:
             file.unlink()
 
 
-def _refresh(file: Path, copy: Path, full: bool) -> None:
+def _digest(file: Path) -> str:
+    """BLAKE3 of a small file, "" of a large one."""
+    return blake3(file.read_bytes()).hexdigest() if file.stat().st_size < LINK_BYTES else ""
+
+
+def _keep_edit(copy: Path, digest: str) -> None:
+    """Move a small file that is about to go out of the way, unless it has the digest that it was copied with."""
+    if copy.is_file() and _digest(copy) != digest and copy.stat().st_size < LINK_BYTES:
+        edited = free_name(copy.with_name(f"{copy.name}.edited"))
+        copy.replace(edited)
+        tell(f"{copy} was not as the checkpoint had it; that file is kept as {edited}.")
+
+
+def _refresh(file: Path, copy: Path, digest: str, full: bool) -> None:
     linked = copy.exists() and copy.samefile(file)
     if not linked and _is_current(file, copy):
         return
     if file.name == CODE_NAME:
         copy.with_name(BACKUP_NAME).unlink(missing_ok=True)
+    _keep_edit(copy, digest)
     real = file.resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
     with replacing(copy) as temporary:

@@ -1,6 +1,7 @@
 """Write a file whole or not at all: under a temporary name first, renamed when every byte is on the disk."""
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -48,6 +49,12 @@ def check_writable(path: Path) -> None:
             stream.write(b"\0" * 4096)  # one block, so that a full disk is noticed, too
     except OSError as error:
         raise WorkbookError(explain(error, path)) from error
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with a number where there is such a file."""
+    names = (path if number == 1 else path.with_name(f"{path.name}{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def is_temporary(path: Path) -> bool:

@@ -23,7 +23,7 @@ _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):
     """The key-value pairs of a tensor's `external_data`, as onnx.proto names them."""
 
-    location: str
+    location: Annotated[str, msgspec.Meta(min_length=1)]
     offset: _Bytes = 0
     length: _Bytes | None = None
     checksum: str = ""
@@ -48,11 +48,11 @@ class ExternalTensor:
 
 
 def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
-    """The graph without its weights. Raises WorkbookError for a file that is missing or no ONNX model."""
+    """The graph without its weights. Raises WorkbookError for what is missing, no regular file or no ONNX model."""
     path = Path(onnx_path)
     try:
         check_regular(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise WorkbookError(missing_graph(path)) from None
     try:
         model = onnx.load_model_from_string(path.read_bytes() if path.stat().st_size < _LARGEST else b"")
@@ -123,12 +123,13 @@ def _inside_the_folder(path: Path, tensor: onnx.TensorProto) -> ExternalTensor:
     target = os.path.join(folder, where.replace("\0", "?"))
     if os.path.isabs(where) or os.path.commonpath([folder, os.path.realpath(target)]) != folder:
         raise WorkbookError(f"{path} keeps {tensor.name!r} in {where!r}, which is not in its folder: export it again.")
-    file = Path(os.path.normpath(path.parent / where.replace("\0", "?")))
-    if not os.path.isfile(target):
+    file = path.parent / os.path.relpath(target, folder)  # the folder as it was given, which may hold ".."
+    if not os.path.exists(target):
         raise WorkbookError(
             f"{file} is missing, but {path.name} keeps {tensor.name!r} in it: put the graph back "
             "into its checkpoint's folder, or export it again."
         )
+    check_regular(file)
     size = os.path.getsize(target)
     if offset + nbytes > size:
         raise WorkbookError(

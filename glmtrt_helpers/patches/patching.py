@@ -8,7 +8,6 @@ later families share class names but not these statements, and are refused.
 """
 
 import difflib
-import itertools
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.python_source import naming, read_source
 from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.files import free_name, replacing
 from glmtrt_helpers.patches.export_blockers import ABSENT, CONSTRUCTS, PATCHED, UNPATCHED, Blocker, inspect_blocker
 from glmtrt_helpers.patches.source_tree import ADVICE, Edits, parse
 
@@ -172,7 +171,7 @@ def restore_checkpoint(directory: str | Path) -> Path | None:
         raise WorkbookError(f"{backup} is missing: nothing was patched here, so there is nothing to restore.")
     edited = None
     if path.exists() and not _is_ours(path, backup):
-        edited = _free_name(path.with_name(f"{CODE_NAME}.edited"))
+        edited = free_name(path.with_name(f"{CODE_NAME}.edited"))
         with replacing(edited) as temporary:
             shutil.copy(path, temporary)
     backup.replace(path)
@@ -181,6 +180,8 @@ def restore_checkpoint(directory: str | Path) -> Path | None:
 
 def _is_ours(path: Path, backup: Path) -> bool:
     """Whether the source is its backup, patched; False for a hand edit. Raises WorkbookError for another source."""
+    for file in (path, backup):
+        records.check_regular(file)
     if path.read_bytes() == backup.read_bytes():
         return True
     try:
@@ -198,17 +199,14 @@ def _is_ours(path: Path, backup: Path) -> bool:
     return False
 
 
-def _free_name(path: Path) -> Path:
-    """The path, or with a number where there is such a file."""
-    names = (path if number == 1 else path.with_name(f"{path.name}{number}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
-
-
 def _read(directory: str | Path) -> tuple[Path, str]:
     path = Path(directory) / CODE_NAME
-    if not path.is_file():
-        raise WorkbookError(f"{path} is missing: it comes with the checkpoint and defines the model, copy it there.")
-    return path, read_source(path)
+    try:
+        return path, read_source(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise WorkbookError(
+            f"{path} is missing: it comes with the checkpoint and defines the model, copy it there."
+        ) from None
 
 
 class _Length(msgspec.Struct):
@@ -226,8 +224,9 @@ def _max_length(config: Path) -> int:
 def _is_backup(backup: Path, source: str, max_length: int) -> bool:
     """Whether the backup is the source before its patches; if not, restoring would bring back another file."""
     done = [name for name, blocker in find_blockers(source).items() if blocker.state == PATCHED]
+    original = read_source(backup)
     with naming(backup):
-        return patch_source(read_source(backup), max_length, done) == source
+        return patch_source(original, max_length, done) == source
 
 
 def _write(path: Path, source: str, like: Path) -> None:

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.exporting import exported_copy
+from onnx import numpy_helper
+from support.command_line import InProcess
+from support.exporting import editing, exported_copy
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.checkpoints import checkpoint as checkpoint_module
@@ -28,6 +31,20 @@ def test_sessions_by_name(checkpoint: Checkpoint) -> None:
         assert isinstance(session, kind) and session.backend == name and session.dtype == "float32"
     with pytest.raises(WorkbookError, match="'gpu' is not a backend of this workbook: choose torch, ort, tensorrt"):
         backends.open_session(checkpoint, "gpu")
+
+
+@pytest.mark.parametrize(("which", "name"), [("output", "present.1.value"), ("input", "past_key_values.1.value")])
+def test_a_graph_with_other_inputs_or_outputs_is_refused(
+    checkpoint: Checkpoint, glmtrt: InProcess, which: str, name: str
+) -> None:
+    with editing(checkpoint.directory / "model.fp16.onnx") as model:
+        values = getattr(model.graph, which)
+        (value,) = (value for value in values if value.name == name)
+        values.remove(value)
+        if which == "input":  # it becomes a constant, as when a tracer takes an empty cache for one
+            model.graph.initializer.append(numpy_helper.from_array(np.zeros((0, 1, 4, 16), np.float16), name))
+    status, lines = glmtrt("chat", checkpoint.directory, "--backend", "ort", "--prompt", "a")
+    assert status == 1 and f"is not the graph of a step of this checkpoint, which differs in {name!r}" in lines[-1]
 
 
 def test_reasons_name_what_is_missing(checkpoint: Checkpoint) -> None:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import marshal
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from support.command_line import InProcess
+from support.exporting import exported_copy
 
 from glmtrt_helpers.checkpoints import code_hash, loading
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, open_checkpoint
@@ -69,3 +72,27 @@ def test_a_changed_sibling_is_imported_again_and_announced(
     with pytest.raises(WorkbookError, match="the new sibling was run"):
         loading.load_model(open_checkpoint(tiny_random), meta=True)
     assert code_hash.code_sha256(tiny_random / CODE_NAME)[:16] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [CODE_NAME, f"{CODE_NAME}.orig", "quantization.py", "package/__init__.py"])
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_a_source_that_is_no_regular_file_is_refused_not_read(
+    tmp_path: Path, glmtrt: InProcess, name: str, target: str
+) -> None:
+    """A pipe waits for a writer, and /dev/zero never ends."""
+    directory = exported_copy(tmp_path).directory
+    file = directory / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    file.symlink_to(target)
+    if target == "pipe":
+        os.mkfifo(file.parent / target)
+    commands = [["verify", directory, "--case", "prompt"]]
+    if name.endswith(".orig"):
+        commands += [["patch", directory], ["patch", directory, "--restore"]]
+    else:
+        commands += [[step, directory] for step in ("export", "copy")]
+        commands += [["chat", directory, "--backend", "ort", "--prompt", "a"]]
+    for command in commands:
+        status, lines = glmtrt(*command)
+        assert status == 1 and f"glmtrt: {file} is a pipe, a socket or a device" in lines[-1], (command, lines)

@@ -134,6 +134,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no record of the shards": (drop(SHARDS_KEY), OLDER),
     "no record of the source": (drop(CODE_KEY), OLDER),
     "a damaged record": (lambda c: edit_record(c, lambda r: r[SHARD].update(size="1")), "has damaged metadata"),
+    "no shard": (lambda c: edit_record(c, lambda r: r.clear()), "has damaged metadata"),
     "a shard too many": (
         lambda c: edit_record(c, lambda r: r.update({"../x": r[SHARD]})),
         "has damaged metadata",
@@ -250,7 +251,7 @@ PLACES: dict[str, tuple[Change, str]] = {
     "beyond the end": (point(offset=str(2**40)), "ends at byte"),
     "absolute": (point("/etc/passwd", "0"), "which is not in its folder"),
     "the folder above": (point("../chatglm_random/../../etc/passwd", "0"), "which is not in its folder"),
-    "nothing": (point(""), "is missing, but"),
+    "nothing": (point(""), "but not where"),
     "missing": (point("no.safetensors"), "no.safetensors is missing, but"),
     "another file of the folder": (point("ice_text.model", "0", None), "(that tensor is in|ends at byte)"),
     "zero byte": (point("a\0b"), "is missing, but"),
@@ -325,3 +326,12 @@ def test_shards_converted_from_bin_are_recorded(tiny_random: Path) -> None:
     path = exporting.export_model(open_checkpoint(tiny_random)).path
     origin = open_export(path, whole=True).origin
     assert origin is not None and all(name.endswith(".safetensors") for name in origin.shards)
+
+
+@pytest.mark.parametrize("folder", ["{0}/../{1}", "{0}/inside/..", "{0}/./", "{0}/../../{2}/{1}"])
+def test_a_path_with_dots_is_the_same_export(checkpoint: Checkpoint, folder: str) -> None:
+    directory = checkpoint.directory
+    (directory / "inside").mkdir()
+    same = Path(folder.format(directory, directory.name, directory.parent.name))
+    expected = [tensor.file.name for tensor in open_export(path_of(checkpoint)).external]
+    assert [tensor.file.name for tensor in open_export(same / path_of(checkpoint).name).external] == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import replace_once
+from support.checkpoints import FORWARD, replace_once
 from support.command_line import InProcess
 
 from glmtrt_helpers.checkpoints import loading, remote_code
@@ -150,10 +150,9 @@ def test_a_source_that_cannot_be_parsed_is_refused_not_a_crash(tiny_random: Path
         loading.load_model(checkpoint)
 
 
-FORWARD = "        hidden_states = inputs_embeds.transpose(0, 1)"
-
-
-@pytest.mark.parametrize("statement", ["raise KeyError('x')", "self.no_such", "inputs_embeds @ inputs_embeds"])
+@pytest.mark.parametrize(
+    "statement", ["raise KeyError('x')", "self.no_such", "inputs_embeds @ inputs_embeds", "exit(0)"]
+)
 def test_a_forward_that_fails_is_one_sentence(tiny_random: Path, glmtrt: InProcess, statement: str) -> None:
     patching.patch_checkpoint(tiny_random)
     (tiny_random / "modeling_chatglm.py.orig").unlink()  # or verify would run that

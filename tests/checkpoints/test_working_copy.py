@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from support.checkpoints import SHARD, make_random, to_bin
+from support.command_line import InProcess
 
 from glmtrt_helpers.checkpoints import shards, working_copy
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, open_checkpoint
@@ -176,13 +177,63 @@ def test_shards_that_were_streamed_from_bin_ones_go_when_those_go(tiny_random: P
     assert files(copy) == {**files(tiny_random), MARKER: (copy / MARKER).read_bytes()}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": ["../kept", 3]}', '{"files": ["../kept"]}'])
-def test_a_damaged_marker_removes_nothing(tiny_random: Path, text: str) -> None:
+@pytest.mark.parametrize("files_text", ["3", '{"../kept": 3}', '{"../kept": ""}', '["../kept"]', "{", None])
+def test_a_damaged_marker_removes_nothing(tiny_random: Path, files_text: str | None) -> None:
     copy = make_working_copy(tiny_random)
-    (copy / MARKER).write_text(text)
+    (copy / MARKER).write_text(f'{{"files": {files_text}}}' if files_text else "")
     kept, stranger = copy.parent / "kept", copy / "mine.txt"
     kept.write_text("kept")
     stranger.write_text("mine")
     make_working_copy(tiny_random)
     assert kept.exists() and stranger.exists()
     assert set(json.loads((copy / MARKER).read_text())["files"]) == set(files(tiny_random))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [(CODE_NAME, "unchanged"), (CODE_NAME, "changed"), ("config.json", "changed"), ("quantization.py", "gone")],
+)
+def test_a_file_of_the_copy_that_was_changed_by_hand_is_kept(
+    tiny_random: Path, capsys: pytest.CaptureFixture[str], name: str, source: str
+) -> None:
+    copy, original = make_working_copy(tiny_random), tiny_random / name
+    (copy / name).write_text("my edit\n")
+    if source == "changed":
+        original.write_bytes(original.read_bytes() + b"\n")
+    elif source == "gone":
+        original.unlink()
+    make_working_copy(tiny_random)
+    assert (copy / f"{name}.edited").read_text() == "my edit\n"
+    assert f"kept as {copy / name}.edited" in capsys.readouterr().err
+    assert files(tiny_random).items() <= files(copy).items() and (copy / name).exists() == (source != "gone")
+    (copy / name).write_text("another\n")
+    make_working_copy(tiny_random)
+    assert (copy / f"{name}.edited").read_text() == "my edit\n", "an earlier one is not replaced"
+    assert source == "gone" or (copy / f"{name}.edited2").read_text() == "another\n"
+
+
+def test_a_file_that_only_the_checkpoint_changed_is_replaced_without_a_word(
+    tiny_random: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = make_working_copy(tiny_random)
+    for name in (CODE_NAME, "config.json"):
+        (tiny_random / name).write_bytes((tiny_random / name).read_bytes() + b"\n")
+    (tiny_random / "quantization.py").unlink()
+    make_working_copy(tiny_random)
+    assert files(copy) == {**files(tiny_random), MARKER: (copy / MARKER).read_bytes()}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("links")
+def test_copy_and_export_tell_of_hard_links(tiny_random: Path, glmtrt: InProcess) -> None:
+    """At both, because a copy may have been made long before."""
+    status, lines = glmtrt("copy", tiny_random)
+    copy = tiny_random.parent / "run" / tiny_random.name
+    assert status == 0 and "multiple hard links" in lines[-1] and str(copy / SHARD) in lines[-1], lines
+    assert glmtrt("patch", copy)[0] == 0
+    status, lines = glmtrt("export", copy)
+    assert status == 0 and "multiple hard links" in lines[-1] and str(copy / SHARD) in lines[-1], lines
+    status, lines = glmtrt("copy", tiny_random, "--full")
+    assert status == 0 and not any("hard link" in line for line in lines)
+    status, lines = glmtrt("export", copy)
+    assert status == 0 and not any("hard link" in line for line in lines)

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.checkpoints import FORWARD, replace_once
+from support.command_line import InProcess
 from support.exporting import (
     QKV,
     Changed,
@@ -123,6 +125,18 @@ def test_a_case_whose_own_fp16_is_not_finite_is_undecided(
     assert not result.ok and not row.ok
     assert (row.tensor, row.verdict) == (("logits", "NO") if wrong else ("present.0.key", "undecided"))
     assert wrong or "undecided: PyTorch's own fp16 is not finite" in row.note
+
+
+@pytest.mark.parametrize("statement", ["raise KeyError('x')", "self.no_such"])
+def test_an_original_source_whose_forward_fails_is_one_sentence(
+    checkpoint: Checkpoint, glmtrt: InProcess, statement: str
+) -> None:
+    original = checkpoint.pristine_code
+    replace_once(original, FORWARD, f"        {statement}\n{FORWARD}")
+    line = original.read_text().splitlines().index(f"        {statement}") + 1
+    status, lines = glmtrt("verify", checkpoint.directory, "--case", "prompt")
+    assert status == 1 and f"{original}, line {line}: the remote code fails here" in lines[-1], lines
+    assert not any("Traceback" in each for each in lines)
 
 
 def test_a_problem_of_the_graph_is_not_ok(checkpoint: Checkpoint) -> None:

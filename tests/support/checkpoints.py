@@ -15,6 +15,7 @@ from glmtrt_helpers.standin import build
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "models" / "chatglm_tiny"
 SHARD = "model-00001-of-00002.safetensors"
+FORWARD = "        hidden_states = inputs_embeds.transpose(0, 1)"  # a line of the remote code's forward
 
 
 def small_tokenizer() -> sentencepiece_model_pb2.ModelProto:
