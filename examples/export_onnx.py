@@ -25,7 +25,7 @@ def load(directory):
 def export_onnx(model, onnx_path):
     layers, heads = range(model.config.num_layers), model.config.num_attention_heads
     shape = 3, 2, heads, model.config.hidden_size // heads  # past, batch, heads, size of a head
-    # Only shapes matter. A size of 1 would become a constant, and a tensor that is given twice one input.
+    # Only shapes matter. A size of 1 would become a constant; a tensor given twice would be mixed up with itself.
     example = {
         "input_ids": torch.zeros(2, 5, dtype=torch.int64),
         "position_ids": torch.zeros(2, 2, 5, dtype=torch.int64),
