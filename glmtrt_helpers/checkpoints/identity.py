@@ -22,13 +22,15 @@ from onnx import helper
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_sha256
+from glmtrt_helpers.checkpoints.config import read_config
 from glmtrt_helpers.checkpoints.shards import StoredTensor, locate_tensors, read_header
 from glmtrt_helpers.core.artifacts import cli_options
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import ExternalTensor, external_tensors, load_graph
 from glmtrt_helpers.core.records import check_regular
 
-CODE_KEY, SHARDS_KEY = "glmtrt.code_sha256", "glmtrt.shards"  # entries of the model's metadata
+# Entries of the model's metadata.
+CODE_KEY, CONFIG_KEY, SHARDS_KEY = "glmtrt.code_sha256", "glmtrt.config_blake3", "glmtrt.shards"
 PRODUCER = "glmtrt"
 SAMPLE = 4096  # bytes, read twice from every tensor
 _LARGE = 10**9  # bytes; a larger file is hashed once per process
@@ -51,9 +53,10 @@ class ShardIdentity:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a graph or an engine was made from: the hash of the source, and the shards by file name."""
+    """What a graph or an engine was made from: the hashes of source and configuration, and the shards by file name."""
 
     code_sha256: _Digest
+    config_blake3: _Digest
     shards: Annotated[dict[_FileName, ShardIdentity], msgspec.Meta(min_length=1)]
 
 
@@ -95,7 +98,12 @@ def origin_of(checkpoint: Checkpoint, *, whole: bool) -> Origin:
         )
         for file in files
     }
-    return Origin(code_sha256(checkpoint.code), shards)
+    return Origin(code_sha256(checkpoint.code), _config_blake3(checkpoint.directory), shards)
+
+
+def _config_blake3(directory: Path) -> str:
+    """Of the fields of config.json, in whatever order and layout they are written."""
+    return blake3(msgspec.json.encode(read_config(directory / "config.json"), order="sorted")).hexdigest()
 
 
 def _header_blake3(file: Path) -> str:
@@ -130,6 +138,11 @@ def check_origin(origin: Origin, made: Path, directory: Path, again: str, *, who
             f"{made} was made from another version of {CODE_NAME} or of the code beside it than {directory} holds, "
             f"which was patched or replaced since: {again}."
         )
+    if _config_blake3(directory) != origin.config_blake3:
+        raise WorkbookError(
+            f"{made} was made with another config.json than {directory} holds, which was edited or replaced since: "
+            f"{again}."
+        )
     for name, expected in origin.shards.items():
         file = directory / name
         if difference := _difference(file, expected, whole):
@@ -153,14 +166,16 @@ def _difference(file: Path, expected: ShardIdentity, whole: bool) -> str:
 def metadata(origin: Origin) -> dict[str, str]:
     """The entries of an ONNX model's metadata that record its origin."""
     shards = {name: asdict(shard) for name, shard in origin.shards.items()}
-    return {CODE_KEY: origin.code_sha256, SHARDS_KEY: msgspec.json.encode(shards).decode()}
+    record = msgspec.json.encode(shards).decode()
+    return {CODE_KEY: origin.code_sha256, CONFIG_KEY: origin.config_blake3, SHARDS_KEY: record}
 
 
 def _read_origin(path: Path, model: onnx.ModelProto, again: str) -> Origin | None:
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    if not {CODE_KEY, SHARDS_KEY} & entries.keys() and model.producer_name != PRODUCER:
+    keys = (CODE_KEY, CONFIG_KEY, SHARDS_KEY)
+    if not set(keys) & entries.keys() and model.producer_name != PRODUCER:
         return None
-    missing = [key for key in (CODE_KEY, SHARDS_KEY) if key not in entries]
+    missing = [key for key in keys if key not in entries]
     if missing:
         raise WorkbookError(
             f"{path} does not say what it was exported from ({missing[0]} is missing), so it is of an older version of "
@@ -168,9 +183,10 @@ def _read_origin(path: Path, model: onnx.ModelProto, again: str) -> Origin | Non
         )
     try:
         shards = msgspec.json.decode(entries[SHARDS_KEY].encode("utf-8", "surrogatepass"))
-        return msgspec.convert({"code_sha256": entries[CODE_KEY], "shards": shards}, Origin)
+        values = {"code_sha256": entries[CODE_KEY], "config_blake3": entries[CONFIG_KEY], "shards": shards}
+        return msgspec.convert(values, Origin)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise WorkbookError(f"{path} has damaged metadata ({SHARDS_KEY} or {CODE_KEY}: {error}): {again}.") from None
+        raise WorkbookError(f"{path} has damaged metadata (one of {', '.join(keys)}: {error}): {again}.") from None
 
 
 def open_export(path: str | Path, *, whole: bool = False) -> Export:

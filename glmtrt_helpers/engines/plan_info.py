@@ -23,7 +23,7 @@ from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.core.tensorrt_package import Package
 from glmtrt_helpers.engines.profiles import Profile
 
-FORMAT: Literal[3] = 3  # of the JSON
+FORMAT: Literal[4] = 4  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PlanInfo:
     plan_bytes: Annotated[int, msgspec.Meta(ge=0)]
     plan_blake3: str
     seconds: float
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
 
     def __post_init__(self) -> None:
         profiles = {len(tensor.profiles) for tensor in self.tensors if tensor.profiles}

@@ -15,7 +15,7 @@ from support.exporting import editing, exported_copy, path_of, shift_weight
 
 from glmtrt_helpers.checkpoints import identity
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from glmtrt_helpers.checkpoints.identity import CODE_KEY, SHARDS_KEY, open_export
+from glmtrt_helpers.checkpoints.identity import CODE_KEY, CONFIG_KEY, SHARDS_KEY, open_export
 from glmtrt_helpers.core import processes
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.export import exporting
@@ -90,6 +90,11 @@ def edit_code(checkpoint: Checkpoint) -> None:
     checkpoint.code.write_text(checkpoint.code.read_text() + "\n# edited\n")
 
 
+def edit_config(checkpoint: Checkpoint, **fields: object) -> None:
+    path = checkpoint.directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def drop(key: str) -> Change:
     def change(checkpoint: Checkpoint) -> None:
         with editing(path_of(checkpoint)) as model:
@@ -131,6 +136,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "appended bytes": (append, SIZE),
     "renamed": (lambda c: shard(c).rename(shard(c).with_name("renamed.safetensors")), "is missing, and"),
     "edited source": (edit_code, "another version of modeling_chatglm.py"),
+    "an edited configuration": (lambda c: edit_config(c, layernorm_epsilon=2e-5), "another config.json than"),
+    "a shorter context": (lambda c: edit_config(c, max_sequence_length=512), "another config.json than"),
+    "no record of the configuration": (drop(CONFIG_KEY), OLDER),
     "no record of the shards": (drop(SHARDS_KEY), OLDER),
     "no record of the source": (drop(CODE_KEY), OLDER),
     "a damaged record": (lambda c: edit_record(c, lambda r: r[SHARD].update(size="1")), "has damaged metadata"),
@@ -153,6 +161,12 @@ def test_what_changed_since_the_export_is_named(checkpoint: Checkpoint, change: 
     sentence = str(caught.value)
     assert f"`glmtrt export {checkpoint.directory}` again" in sentence and "\n" not in sentence
     assert message not in (SIZE, CONTENT, HEADER) or shard(checkpoint).name in sentence
+
+
+def test_a_configuration_written_in_another_order_is_the_same(checkpoint: Checkpoint) -> None:
+    path = checkpoint.directory / "config.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    assert open_export(path_of(checkpoint)).origin
 
 
 def test_the_whole_content_is_compared_where_it_is_asked_for(checkpoint: Checkpoint) -> None:
