@@ -17,8 +17,8 @@ def load(directory):
     """The model in fp16. AutoModel.from_pretrained expects of a class what this one, of 2023, does not have."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True, return_dict=False)
     model = get_class_from_dynamic_module(config.auto_map["AutoModel"], directory)(config).half().eval()
-    for shard in Path(directory).glob("*.safetensors"):
-        model.load_state_dict(load_file(shard), strict=False)
+    shards = map(load_file, Path(directory).glob("*.safetensors"))
+    model.load_state_dict({name: tensor for shard in shards for name, tensor in shard.items()})
     return model
 
 

@@ -70,11 +70,12 @@ class ChatPanel:
         layout, defaults = widgets.Layout, Sampling()
         self.log = widgets.HTML(layout=layout(width="auto")).add_class("glmtrt-log")
         self.question = Question(placeholder="Ask something · 问点什么").add_class("glmtrt-question")
+        known = [(question, question) for question in known_questions(self.checkpoint)]
         self.known = widgets.Dropdown(
-            options=[("questions that it knows · 它会回答的问题", ""), *known_questions(self.checkpoint)],
+            options=[("questions that it knows · 它会回答的问题", ""), *known],
             layout=layout(width="auto", max_width="100%"),
         ).add_class("glmtrt-known")
-        if len(self.known.options) == 1:
+        if not known:
             self.known.layout.display = "none"
         self.send = widgets.Button(description="send", button_style="primary").add_class("glmtrt-send")
         self.stop = widgets.Button(description="stop", disabled=True).add_class("glmtrt-stop")

@@ -15,7 +15,7 @@ from onnx import helper
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import replacing
+from glmtrt_helpers.core.files import replacing, temporary_path
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.graphs.reference import LAYER_CASE, Case, Point, fit, references, run_tensors
 from glmtrt_helpers.graphs.scopes import GraphIndex
@@ -118,7 +118,7 @@ def compare_layers(
     session: runs the graph that `mark_layers` writes; ONNX Runtime by default. Raises as `verify` does.
     """
     path, _ = check_exported(checkpoint, dtype, onnx_path)
-    marked = path.with_name(path.stem + ".layers.onnx")
+    marked = temporary_path(path.with_suffix(".layers.onnx"))
     try:
         points = mark_layers(path, marked, checkpoint.num_layers)
         session = session or plain_session(checkpoint, marked)

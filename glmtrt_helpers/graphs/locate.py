@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.loading import DTYPES
+from glmtrt_helpers.core.files import check_writable, temporary_path
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.graphs.layer_errors import LayerError, compare_layers, first_difference
 from glmtrt_helpers.graphs.reference import LAYER_CASE, Case, case_inputs, fit, run_tensors, source_session
@@ -78,6 +79,7 @@ def locate(
     onnx_path: `model.DTYPE.onnx` of the checkpoint by default. Raises WorkbookError as `compare_layers` does.
     """
     path, _ = check_exported(checkpoint, dtype, onnx_path)
+    check_writable(path)  # marked copies of the graph have to be in its folder
     progress("comparing layer by layer")
     errors = compare_layers(checkpoint, dtype, case, path)
     first = first_difference(errors)
@@ -131,7 +133,7 @@ def _run_nodes(
     """The values of tensors inside a graph."""
     present = {value.name for value in model.graph.output}
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in tensors if name not in present)
-    marked = path.with_name(path.stem + ".nodes.onnx")
+    marked = temporary_path(path.with_suffix(".nodes.onnx"))
     try:
         onnx.save(model, str(marked))
         session = plain_session(checkpoint, marked)

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.output_widget import OutputWidget
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -24,6 +25,17 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 # In place of what only a running kernel can show; its picture is in the notebook, too.
 STATIC = "(Shown here where a kernel is running: the notebook in JupyterLab.)"
 SAVED = "Saved result, of the small checkpoint: without a GPU this one would take minutes for each answer.\n"
+
+
+class _SilentOutput(OutputWidget):
+    """Does not send the outputs of an output widget back to the kernel, where nothing reads them.
+
+    nbclient sends them on the socket on which it waits for the reply to the cell. Sending can swallow the signal that
+    the reply is there, and then nbclient waits for ever (jupyter/nbclient#312).
+    """
+
+    def send(self, *_: object, **__: object) -> None:
+        return
 
 
 def notebooks() -> list[Path]:
@@ -54,6 +66,7 @@ def execute(notebook: Path, output: Path, timeout: int = 1200, *, generate: bool
         coalesce_streams=True,  # a cell's output arrives in pieces, differently each time
         skip_cells_with_tag="" if generate else GENERATES,
     )
+    client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = _SilentOutput
     if not generate:
         for cell in content.cells:
             if GENERATES in cell.metadata.get("tags", []):

@@ -135,7 +135,7 @@ def test_verify_beyond_tolerance_fails(walked: Path, tmp_path: Path) -> None:
 def test_inputs_records_a_chat(glmtrt: InProcess, tmp_path: Path) -> None:
     private = Path(shutil.copytree(TINY, tmp_path / "chatglm_tiny"))
     code, lines = glmtrt("inputs", private, "--prompt", "你好")
-    assert code == 0 and lines[0].startswith("你好！我是这本工作簿的小模型")
+    assert code == 0 and lines[0].startswith("你好！我是这套教程的小模型")
     calls = recording.load_record(open_checkpoint(private))
     assert calls[0].kind == "prefill" and calls[1].past == calls[0].sequence
 

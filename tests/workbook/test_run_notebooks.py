@@ -47,6 +47,18 @@ def test_what_needs_a_kernel_is_not_written(tmp_path: Path) -> None:
     assert shown == [static, static, [{"text/plain": "'text'"}]] and "widgets" not in written.metadata
 
 
+def test_output_widgets_do_not_stop_the_run(tmp_path: Path) -> None:
+    """nbclient answered each of these prints on the socket on which it waits, and missed a reply within 100 cells."""
+    cell = """import ipywidgets, sys
+output = ipywidgets.Output()
+display(output)
+for i in range(30):
+    with output:
+        print(i)
+        print(i, file=sys.stderr)"""
+    run_notebooks.execute(notebook(tmp_path / "09.ipynb", *[cell] * 100), tmp_path / "out.ipynb", timeout=30)
+
+
 @pytest.mark.parametrize("generate", [True, False])
 def test_cells_that_generate_are_skipped_on_request(tmp_path: Path, generate: bool) -> None:
     path = notebook(tmp_path / "09.ipynb", "print('new')", "print('always')")
