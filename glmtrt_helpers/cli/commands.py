@@ -65,7 +65,7 @@ def standin(
 ) -> None:
     """Train the stand-in, or write random weights of a larger size.
 
-    Training takes about 15 minutes on two cores.
+    Training takes half an hour on two cores.
     """
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.standin import conversations, random_weights, train

@@ -29,7 +29,7 @@ from glmtrt_helpers.standin import build
 from glmtrt_helpers.standin.conversations import LONGEST, REFUSALS, Conversations, Example, load_corpus
 
 MARGIN = 1.0
-STEPS = 3500
+STEPS = 7500  # 3,500 were too few for the margin
 _TOKENS = 1600  # of a batch, about
 _POOL = 256  # conversations that are sorted by length and cut into batches at a time
 _OUTSIDE = 0.3  # part of the questions that are none of the corpus
