@@ -65,7 +65,7 @@ def standin(
 ) -> None:
     """Train the stand-in, or write random weights of a larger size.
 
-    Training takes half an hour on two cores.
+    Training took 48 minutes on two cores that did other work, too.
     """
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.standin import conversations, random_weights, train
@@ -245,7 +245,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="an ONNX model, or a worki
     found: list[str] = []
     for file in graphs_of(path):
         print_rich(summarize(file))
-        found += problems(file)
+        found += [f"{file.name}: {problem}" for problem in problems(file)]
     for problem in found:
         tell(f"glmtrt: {problem}")
     if found:

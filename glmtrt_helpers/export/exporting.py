@@ -161,10 +161,7 @@ def _trace(checkpoint: Checkpoint, dtype: str, exporter: str, opset: int, exampl
             return trace(checkpoint, DTYPES[dtype], opset, example)
     except WorkbookError:
         raise
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # each has its own, wrapped around the informative one
+    except (Exception, SystemExit) as error:  # each has its own, wrapped around the informative one
         where, reason = _reason(error)
         raise WorkbookError(
             f"{where or checkpoint.code}: the {exporter} exporter cannot follow this source ({reason}): see "

@@ -183,6 +183,11 @@ def _frozen(kind: str, before: tuple[int | str, ...], target: tuple[int | None, 
     if kind == "Expand":
         pairs = zip(before[::-1], target[::-1], strict=False)
         return tuple(size for old, size in pairs if isinstance(old, str) and size is not None and size > 1)
+    if len(before) == len(target) and any(old == new and old != 1 for old, new in zip(before, target, strict=True)):
+        # The other axes are kept, so an axis of size 1 in place of a dynamic one is a batch of 1, and no new axis.
+        ones = [new for old, new in zip(before, target, strict=True) if isinstance(old, str) and new == 1]
+        if ones:
+            return tuple(ones)
     left = math.prod(n if isinstance(n, int) else math.prod(map(int, _FACTOR.findall(n))) for n in before)
     sizes = [size for size in target if size is not None and size > 1]
     return () if left % math.prod(sizes) == 0 else tuple(sizes)

@@ -8,11 +8,21 @@ import ast
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 CONSTANT, SHAPE, DATA = "constant", "shape", "data"
 _DYNAMO_KEY = "pkg.torch.onnx.name_scopes"
+
+
+# Attributes of a Constant, of which exporters use the first, and the type of the numbers in the others.
+_CONSTANTS = {"value": None, "value_int": "i8", "value_ints": "i8", "value_float": "f4", "value_floats": "f4"}
+
+
+def _constant(attribute: onnx.AttributeProto) -> onnx.TensorProto:
+    kind = _CONSTANTS[attribute.name]
+    return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), kind)) if kind else attribute.t
 
 
 def written_scope(node: onnx.NodeProto) -> str | None:
@@ -77,7 +87,7 @@ class GraphIndex:
         if name in self.initializers:
             return [self.initializers[name]]
         node = self.nodes[self.producer[name]]
-        values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+        values = [_constant(attribute) for attribute in node.attribute if attribute.name in _CONSTANTS]
         return values + [tensor for other in node.input for tensor in self.stored(other)]
 
     def scalar(self, name: str) -> float | None:

@@ -133,6 +133,32 @@ def freeze(kind: str, module: str, sizes: dict[int, int]) -> Callable[[onnx.Mode
     return damage
 
 
+def graph_with(node: str) -> onnx.ModelProto:
+    """A graph of one node over a hidden state of dynamic batch and sequence."""
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+        g (float[batch, sequence, 64] hidden) => (float[a, b, c] output) {{ {node} }}"""
+    return parser.parse_model(text)
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        ("shape = Constant <value_ints = [1, -1, 64]> () output = Reshape (hidden, shape)", "a part of 1:"),
+        ("shape = Constant <value_ints = [2, -1, 64]> () output = Reshape (hidden, shape)", "a part of 2 x 64:"),
+        ("shape = Constant <value_ints = [-1, 5, 64]> () output = Reshape (hidden, shape)", "a part of 5 x 64:"),
+        ("shape = Constant <value_ints = [2, 5, 64]> () output = Expand (hidden, shape)", "a part of 5 x 2:"),
+        ("shape = Constant <value_ints = [0, 0, 64]> () output = Reshape (hidden, shape)", ""),
+        ("shape = Constant <value_ints = [1, 1, 64]> () output = Expand (hidden, shape)", ""),
+        ("shape = Constant <value_ints = [0, -1, 16]> () output = Reshape (hidden, shape)", ""),
+        ("shape = Constant <value_ints = [1, -1, 32]> () output = Reshape (hidden, shape)", ""),  # may be right
+    ],
+)
+def test_a_size_that_became_a_constant_is_found_whatever_it_is(node: str, says: str, tmp_path: Path) -> None:
+    onnx.save(graph_with(node), tmp_path / "model.onnx")
+    found = problems(tmp_path / "model.onnx")
+    assert len(found) == bool(says) and all(says in sentence for sentence in found), found
+
+
 def test_a_batch_that_became_a_constant_inside_the_graph_is_found(checkpoint: Checkpoint) -> None:
     """Inputs and outputs say that the batch is dynamic; a Reshape in the middle knows only the example's."""
     module = "transformer.layers.0.attention"

@@ -69,6 +69,13 @@ def test_a_wrong_input_shows_where_it_is_read(checkpoint: Checkpoint) -> None:
     assert "past_key_values.1" in " ".join(found.fault.node.input)
 
 
+def test_an_overflow_is_located(checkpoint: Checkpoint) -> None:
+    """60,000 times a LayerNorm's output is more than fp16 can hold, so what follows is infinite, then not a number."""
+    found = locate(checkpoint, "fp16", damaged(checkpoint, "fp16", set_alpha_once(1, 0, 60000.0)))
+    assert found.first is not None and found.first.point.layer == 1
+    assert found.fault is not None and found.fault.node.op_type == "Mul"
+
+
 @pytest.mark.parametrize(("dtype", "exporter", "opset"), [("fp16", "dynamo", 18), ("fp32", "torchscript", 17)])
 def test_nothing_is_found_in_a_sound_graph(checkpoint: Checkpoint, dtype: str, exporter: str, opset: int) -> None:
     path = path_of(checkpoint, dtype)
