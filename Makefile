@@ -2,7 +2,7 @@
 # make test              set up .venv, run the checks and all tests
 # make test STEP=export  the unit tests of one step and its notebook, nothing else
 # make test-fast         all tests except those marked notebook, browser or slow
-# make fuzz              fuzz the readers of every kind of file, 20,000 inputs each, about half an hour
+# make fuzz              fuzz the readers of every kind of file, 20,000 inputs each, about six minutes
 # make lint              ruff, mypy, and import-linter on the order of the folders
 # make screenshots       pictures of four notebooks as a browser shows them, in build/screenshots/
 # make test-trt-next     repeat the engine tests with the next TensorRT-RTX, in an environment of its own

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import helper
 
 from glmtrt_helpers.core.artifacts import missing_graph
@@ -61,7 +61,20 @@ def load_graph(onnx_path: str | Path) -> onnx.ModelProto:
     # An empty file is a valid message as well, without any node.
     if not model.graph.node:
         raise WorkbookError(f"{path} is not an ONNX model, or was not written to its end: export it again.")
+    if (broken := next(_broken_texts(model), None)) is not None:
+        raise WorkbookError(f"{path} is damaged, {broken[:40]!r} in it is not UTF-8: export it again.")
     return model
+
+
+def _broken_texts(message: Message) -> Iterator[bytes]:
+    """The names and texts of a graph that are not UTF-8, which protobuf gives as bytes."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes | Message) else value
+        if field.type == field.TYPE_STRING:
+            yield from (text for text in values if isinstance(text, bytes))
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in values:
+                yield from _broken_texts(inner)
 
 
 def location(tensor: onnx.TensorProto) -> Location:
@@ -129,7 +142,11 @@ def _inside_the_folder(path: Path, tensor: onnx.TensorProto) -> ExternalTensor:
             f"{file} is missing, but {path.name} keeps {tensor.name!r} in it: put the graph back "
             "into its checkpoint's folder, or export it again."
         )
-    check_regular(file)
+    if not os.path.isfile(target):
+        raise WorkbookError(
+            f"{path} keeps {tensor.name!r} in {where!r}, which is not a regular file: put the file there, or export it "
+            "again."
+        )
     size = os.path.getsize(target)
     if offset + nbytes > size:
         raise WorkbookError(
