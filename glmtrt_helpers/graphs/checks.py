@@ -38,11 +38,15 @@ class StaticDimension:
 def static_dimensions(model: onnx.ModelProto) -> list[StaticDimension]:
     """Axes of inputs and outputs that have a fixed size although it changes during a chat."""
     static = []
-    for value in [*true_inputs(model), *model.graph.output]:
-        axes = axis_names(value.name)
-        for axis, size in enumerate(describe(value).dims):
+    described = {value.name: describe(value).dims for value in [*true_inputs(model), *model.graph.output]}
+    batch = next(iter(described.get("input_ids", ())), None)
+    for name, dims in described.items():
+        # A cache of this name that begins with the batch is another model's, whose other axes are not known.
+        foreign = "." in name and isinstance(batch, str) and dims[:1] == (batch,)
+        axes = {} if foreign else axis_names(name)
+        for axis, size in enumerate(dims):
             if axis in axes and isinstance(size, int):
-                static.append(StaticDimension(value.name, axis, axes[axis], size))
+                static.append(StaticDimension(name, axis, axes[axis], size))
     return static
 
 

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "exercises": ["check"],
+        "faults": ["sixth_fault"],
         "run_notebooks": ["execute", "notebooks", "run_all"],
         "setup": [
             "QUESTIONS",
