@@ -13,7 +13,6 @@
 // (bytes of shared memory behind the stages), and BULK where the card has it.
 
 #define THREADS (32 * WARPS)
-#define SIZE (HIDDEN / HEADS)       // of a head
 #define PITCH (2 * UNIT + 64)       // bytes from row to row of a stage: rows that are read at once lie in other banks
 #define STAGE (8 * PITCH)           // bytes
 #define UNITS (HIDDEN / UNIT)       // stages of a group
@@ -22,28 +21,14 @@
 #define CHUNKS (INNER / HIDDEN)     // the last matrix of a layer is multiplied in pieces as wide as the others
 #define PIECES 4                    // of a head's past, for as many blocks
 #define PIECE (SIZE + 4)            // floats: weighted values, maximum, sum
-#define LANES (SIZE / 8)            // that share a key
-#define AT_ONCE 4                   // keys that such lanes load before they use the first
-#define NEVER (-1e30f)
 
-struct Layer {
-  const half_t *qkv, *dense, *up, *down, *qkv_bias, *dense_bias, *up_bias, *down_bias;
-  const half_t *norm1, *norm1_bias, *norm2, *norm2_bias;
-};
-struct Row { // length: tokens that this one sees, itself among them, which is the last
-  int id, position, block_position, slot, length;
-};
-struct Best {
-  float score;
-  int id, bad;
-};
 struct Step {
   const Layer *layers;
   const half_t *embedding, *head, *norm, *norm_bias, *cos, *sin; // cos, sin: (positions, SIZE / 4)
   half_t *cache;                                                 // (layers, 2, slots, room, HEADS, SIZE)
   Row *rows;
   int *tokens;                                // chosen
-  float *hidden, *middle, *query, *pieces;    // (rows, HIDDEN), .., (rows, HEADS, PIECES, PIECE)
+  float *hidden, *middle, *query, *pieces;    // (rows, HIDDEN), .., (rows, HEADS, SHARES, PIECE)
   half_t *inner;                              // (rows, INNER)
   float *logits;                              // (rows, vocabulary)
   Best *best;                                 // (8, BLOCKS)
@@ -61,20 +46,23 @@ struct Spread {
   }
 };
 struct Shared {
-  float scratch[2 * WARPS * (64 > PIECE ? 64 : PIECE)]; // sums of a group, or of a piece, of every warp; twice
+  float scratch[WARPS * (PIECES * PIECE > 128 ? PIECES * PIECE : 128)]; // of every warp: sums of two groups, or its pieces
+  float joined[PIECES][PIECE];
   Spread spreads[2][WARPS * 8];                          // of the two LayerNorms of a layer, of each warp and row
   float mean[2][8], scale[2][8];                        // .. of each row
   float kept[64 * ((HIDDEN / 8 + BLOCKS - 1) / BLOCKS)]; // sums of the pieces of a group of the last matrix
   Best best[THREADS / 64][8];
+  Row rows[8]; // as they were when the step began
   unsigned long long full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= RESERVED, "RESERVED");
 static_assert(UNIT % (32 * WARPS) == 0 && HIDDEN % UNIT == 0 && INNER % HIDDEN == 0 && THREADS % 64 == 0, "sizes");
 
+// turn: groups that were multiplied so far.
 struct Ring {
   byte_t *stages;
   Shared *shared;
-  int slot;
+  int rows, slot, turn;
   unsigned parity;
   DEVICE void next() {
     if (++slot == STAGES) slot = 0, parity ^= 1;
@@ -88,8 +76,10 @@ template <bool ROTARY> DEVICE int row_of(int group, int j) {
   const int half = group / (SIZE / 16), four = group % (SIZE / 16); // SIZE / 16 groups for half a head
   return half * (SIZE / 2) + 4 * four + j % 4 + (j < 4 ? 0 : SIZE / 4);
 }
-// The first group of a matrix that is this block's, if so many were dealt before.
-DEVICE int first_of(unsigned dealt) { return (int)((block_id() + BLOCKS - dealt % BLOCKS) % BLOCKS); }
+// The first group of a matrix that is this block's. The groups of a layer's four matrices, and those of the scores behind the
+// last layer, are dealt one after the other.
+enum Matrix { QKV = 0, DENSE = 3 * HIDDEN / 8, UP = 4 * HIDDEN / 8, DOWN = (4 * HIDDEN + INNER) / 8, ALL = (5 * HIDDEN + INNER) / 8 };
+DEVICE int first_of(int layer, Matrix matrix) { return (int)((block_id() + BLOCKS - (layer * ALL + matrix) % BLOCKS) % BLOCKS); }
 
 // ---- The producer
 
@@ -102,26 +92,27 @@ template <bool ROTARY> DEVICE void produce(Ring &ring, const half_t *weights, in
     }
 }
 DEVICE void produce_all(const Step &step, Ring ring) {
-  unsigned dealt = 0;
   for (int l = 0; l < step.layer_count; l++) {
     const Layer &layer = step.layers[l];
-    produce<true>(ring, layer.qkv, 3 * HIDDEN, HIDDEN, first_of(dealt));
-    produce<false>(ring, layer.dense, HIDDEN, HIDDEN, first_of(dealt += 3 * HIDDEN / 8));
-    produce<false>(ring, layer.up, INNER, HIDDEN, first_of(dealt += HIDDEN / 8));
-    dealt += INNER / 8;
+    produce<true>(ring, layer.qkv, 3 * HIDDEN, HIDDEN, first_of(l, QKV));
+    produce<false>(ring, layer.dense, HIDDEN, HIDDEN, first_of(l, DENSE));
+    produce<false>(ring, layer.up, INNER, HIDDEN, first_of(l, UP));
     for (int chunk = 0; chunk < CHUNKS; chunk++)
-      produce<false>(ring, layer.down + chunk * HIDDEN, HIDDEN, INNER, first_of(dealt));
-    dealt += HIDDEN / 8;
+      produce<false>(ring, layer.down + chunk * HIDDEN, HIDDEN, INNER, first_of(l, DOWN));
   }
-  produce<false>(ring, step.head, step.vocabulary, HIDDEN, first_of(dealt));
+  produce<false>(ring, step.head, step.vocabulary, HIDDEN, first_of(step.layer_count, QKV));
 }
 
 // ---- Those that multiply
 
-// What a thread knows of itself. g, q: its row and column of a tile. turn: groups multiplied so far.
+// What a thread knows of itself. g, q: its row and column of a tile. Made afresh by every phase: kept over phases, what the
+// compiler derives from it would fill the registers.
 struct Worker {
   Shared *shared;
-  int rows, thread, warp, lane, g, q, turn;
+  int rows, thread, warp, lane, g, q;
+  DEVICE Worker(const Ring &ring) : shared(ring.shared), rows(ring.rows), thread((int)thread_id()) {
+    warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
+  }
   DEVICE void meet() const { sync_threads(THREADS); }
 };
 
@@ -146,7 +137,8 @@ template <int ROWS> DEVICE void spread(const Worker &w, const Vec (&mine)[Part<R
   }
 }
 // Activations of all rows for one matrix; make(row, column): 8 of them.
-template <int ROWS, class Make> DEVICE void take(const Worker &w, Vec (&x)[VECTORS], Make make) {
+template <int ROWS, class Make> DEVICE void take(const Ring &ring, Vec (&x)[VECTORS], Make make) {
+  const Worker w(ring);
   const Part<ROWS> part(w);
   Vec mine[Part<ROWS>::COUNT];
   UNROLL for (int i = 0; i < Part<ROWS>::COUNT; i++) mine[i] = make(part.row, column(w, part.share * Part<ROWS>::COUNT + i));
@@ -155,10 +147,11 @@ template <int ROWS, class Make> DEVICE void take(const Worker &w, Vec (&x)[VECTO
 // LayerNorm of source (rows, HIDDEN) as activations; its means and scales are kept for `normed`. The order in which the
 // numbers of a row are joined does not depend on ROWS.
 template <int ROWS>
-DEVICE void norm(const Worker &w, Vec (&x)[VECTORS], const float *source, const half_t *weight, const half_t *bias, float epsilon,
+DEVICE void norm(const Ring &ring, Vec (&x)[VECTORS], const float *source, const half_t *weight, const half_t *bias, float epsilon,
                  int which) {
+  const Worker w(ring);
   constexpr int COUNT = Part<ROWS>::COUNT;
-  constexpr bool KEEP = COUNT <= 2; // or they are read a second time, for registers are few
+  constexpr bool KEEP = COUNT <= 4; // or they are read a second time, for registers are few
   const Part<ROWS> part(w);
   auto at = [&](int i) { return column(w, part.share * COUNT + i); };
   auto read = [&](Quad(&v)[2], int i) {
@@ -213,17 +206,18 @@ DEVICE void norm(const Worker &w, Vec (&x)[VECTORS], const float *source, const 
   spread<ROWS>(w, mine, x);
 }
 // One number of it, again; given: bias of a product, and what went into the LayerNorm with its weight and bias.
-DEVICE float normed(const Worker &w, int which, int row, const Quad &given) {
-  return fmaf((given.f[1] - w.shared->mean[which][row]) * w.shared->scale[which][row], given.f[2], given.f[3]);
+DEVICE float normed(const Shared *shared, int which, int row, const Quad &given) {
+  return fmaf((given.f[1] - shared->mean[which][row]) * shared->scale[which][row], given.f[2], given.f[3]);
 }
 
 // All rows times this block's groups of a matrix. For each sum one thread is asked twice: load(output, row) early, so that
 // what it reads comes while the group is multiplied, and done(output, row, sum, loaded).
 template <int ROWS, bool ROTARY, class Load, class Done>
-DEVICE void multiply(Worker &w, Ring &ring, int rows, int first, const Vec (&x)[VECTORS], Load load, Done done) {
+DEVICE void multiply(Ring &ring, int rows, int first, const Vec (&x)[VECTORS], Load load, Done done) {
+  const Worker w(ring);
   const int row = w.thread % 64 / 8;
-  ROLLED for (int group = first; group < rows / 8; group += BLOCKS, w.turn++) {
-    const bool adds = w.thread / 64 == w.turn % (THREADS / 64); // in turn
+  ROLLED for (int group = first; group < rows / 8; group += BLOCKS, ring.turn++) {
+    const bool adds = w.thread / 64 == ring.turn % (THREADS / 64); // in turn
     const int output = row_of<ROTARY>(group, w.thread % 8);
     Quad given = {};
     if (adds && row < w.rows) given = load(output, row);
@@ -241,7 +235,7 @@ DEVICE void multiply(Worker &w, Ring &ring, int rows, int first, const Vec (&x)[
         multiply_tile(c[s % 2], a.w[2], 0, a.w[3], 0, b[s].w[2], b[s].w[3]);
       }
     }
-    float *sums = w.shared->scratch + w.turn % 2 * WARPS * 64; // (warps, rows, 8)
+    float *sums = w.shared->scratch + ring.turn % 2 * WARPS * 64; // (warps, rows, 8)
     if (w.g < ROWS)
       UNROLL for (int k = 0; k < 2; k++) sums[w.warp * 64 + w.g * 8 + 2 * w.q + k] = c[0][k] + c[1][k];
     w.meet();
@@ -253,192 +247,170 @@ DEVICE void multiply(Worker &w, Ring &ring, int rows, int first, const Vec (&x)[
   }
 }
 
-// Attention of every row, head and piece of its past, dealt to the blocks.
-DEVICE void attend(const Worker &w, const Step &step, int layer) {
-  constexpr int AT_A_TIME = THREADS / LANES;
-  const int lane = w.thread % LANES, mine = w.thread / LANES;
-  const long long stride = (long long)step.slots * step.room * HIDDEN; // of keys, or values, of a layer
-  ROLLED for (int item = block_id(), turn = 0; item < w.rows * HEADS * PIECES; item += BLOCKS, turn ^= 1) {
-    const int piece = item % PIECES, head = item / PIECES % HEADS, row = item / PIECES / HEADS;
-    const int length = step.rows[row].length, span = (length + PIECES - 1) / PIECES;
-    const int end = (piece + 1) * span < length ? (piece + 1) * span : length;
-    const half_t *keys = step.cache + 2 * layer * stride + (long long)step.rows[row].slot * step.room * HIDDEN + head * SIZE;
+// A head's past is cut into PIECES, alike for any number of rows. Where there are few rows, PIECES / SHARES of them are
+// a block's, and whoever reads the result joins the SHARES.
+template <int ROWS> constexpr int SHARES = ROWS < PIECES ? PIECES / ROWS : 1;
+
+template <int ROWS> DEVICE void attend(const Ring &ring, const Step &step, int layer) {
+  const Worker w(ring);
+  constexpr int OWN = PIECES / SHARES<ROWS>;
+  const int lane = w.thread % LANES;
+  const long long stride = (long long)step.slots * step.room * HIDDEN; // of the keys, or the values, of a layer
+  ROLLED for (int item = block_id(); item < w.rows * HEADS * SHARES<ROWS>; item += BLOCKS) {
+    const int share = item % SHARES<ROWS>, head = item / SHARES<ROWS> % HEADS, row = item / SHARES<ROWS> / HEADS;
+    const int seen_tokens = w.shared->rows[row].end, span = (seen_tokens + PIECES - 1) / PIECES;
+    const half_t *keys = step.cache + 2 * layer * stride + (long long)w.shared->rows[row].slot * step.room * HIDDEN + head * SIZE;
     const half_t *values = keys + stride;
     Quad query[2];
     UNROLL for (int k = 0; k < 2; k++) query[k] = fresh((const Quad *)(step.query + row * HIDDEN + head * SIZE + lane * 8) + k);
-    float most = NEVER, sum = 0, seen[8] = {};
-    ROLLED for (int from = piece * span + mine; from - mine < end; from += AT_ONCE * AT_A_TIME) {
-      Vec k[AT_ONCE], v[AT_ONCE];
-      float score[AT_ONCE], top = most;
-      UNROLL for (int i = 0; i < AT_ONCE; i++) { // what does not exist is read as the last, and not counted
-        const int token = from + i * AT_A_TIME < end ? from + i * AT_A_TIME : end - 1;
-        k[i] = fresh((const Vec *)(keys + (long long)token * HIDDEN) + lane);
-        v[i] = fresh((const Vec *)(values + (long long)token * HIDDEN) + lane);
+    ROLLED for (int p = 0; p < OWN; p++) {
+      const int start = (share * OWN + p) * span, end = start + span < seen_tokens ? start + span : seen_tokens;
+      float most, sum, seen[8];
+      look<THREADS>(keys, values, query, start, end, most, sum, seen);
+      float *own = w.shared->scratch + (p * WARPS + w.warp) * PIECE;
+      if (w.lane < LANES) {
+        UNROLL for (int n = 0; n < 8; n++) own[lane * 8 + n] = seen[n];
+        if (lane == 0) own[SIZE] = most, own[SIZE + 1] = sum;
       }
-      UNROLL for (int i = 0; i < AT_ONCE; i++) {
-        float s = 0;
-        UNROLL for (int n = 0; n < 4; n++) {
-          s = fmaf(query[n / 2].f[n % 2 * 2], low(k[i].w[n]), s);
-          s = fmaf(query[n / 2].f[n % 2 * 2 + 1], high(k[i].w[n]), s);
-        }
-        UNROLL for (int far = LANES / 2; far; far /= 2) s += swap_with(s, far);
-        score[i] = from + i * AT_A_TIME < end ? s : NEVER;
-        top = fmaxf(top, score[i]);
-      }
-      const float less = exp2_fast(most - top);
-      most = top, sum *= less;
-      UNROLL for (int n = 0; n < 8; n++) seen[n] *= less;
-      UNROLL for (int i = 0; i < AT_ONCE; i++) {
-        const float share = from + i * AT_A_TIME < end ? exp2_fast(score[i] - most) : 0;
-        sum += share;
-        UNROLL for (int n = 0; n < 8; n++) seen[n] = fmaf(share, n % 2 ? high(v[i].w[n / 2]) : low(v[i].w[n / 2]), seen[n]);
-      }
-    }
-    UNROLL for (int far = LANES; far < 32; far *= 2) { // those of a warp together
-      const float other = swap_with(most, far), top = fmaxf(most, other), less = exp2_fast(most - top), more = exp2_fast(other - top);
-      most = top, sum = fmaf(sum, less, swap_with(sum, far) * more);
-      UNROLL for (int n = 0; n < 8; n++) seen[n] = fmaf(seen[n], less, swap_with(seen[n], far) * more);
-    }
-    float *all = w.shared->scratch + turn * WARPS * PIECE, *own = all + w.warp * PIECE;
-    if (w.lane < LANES) {
-      UNROLL for (int n = 0; n < 8; n++) own[lane * 8 + n] = seen[n];
-      if (lane == 0) own[SIZE] = most, own[SIZE + 1] = sum;
     }
     w.meet();
-    if (w.thread >= SIZE) continue;
-    float *out = step.pieces + (long long)item * PIECE;
-    float result = 0;
-    most = NEVER, sum = 0;
-    for (int n = 0; n < WARPS; n++) most = fmaxf(most, all[n * PIECE + SIZE]);
-    for (int n = 0; n < WARPS; n++) {
-      const float share = exp2_fast(all[n * PIECE + SIZE] - most);
-      result = fmaf(share, all[n * PIECE + w.thread], result), sum = fmaf(share, all[n * PIECE + SIZE + 1], sum);
+    for (int at = w.thread; at < OWN * SIZE; at += THREADS) { // the warps of a piece
+      const int d = at % SIZE;
+      const float *all = w.shared->scratch + at / SIZE * WARPS * PIECE;
+      float *piece = w.shared->joined[at / SIZE], most = NEVER, sum = 0, seen = 0;
+      for (int n = 0; n < WARPS; n++) most = fmaxf(most, all[n * PIECE + SIZE]);
+      for (int n = 0; n < WARPS; n++) {
+        const float part = exp2_fast(all[n * PIECE + SIZE] - most);
+        seen = fmaf(part, all[n * PIECE + d], seen), sum = fmaf(part, all[n * PIECE + SIZE + 1], sum);
+      }
+      piece[d] = seen;
+      if (d == 0) piece[SIZE] = most, piece[SIZE + 1] = sum;
     }
-    out[w.thread] = result;
-    if (w.thread == 0) out[SIZE] = most, out[SIZE + 1] = sum;
+    w.meet();
+    if (w.thread < SIZE) { // the pieces, in pairs
+      const int d = w.thread;
+      float most[OWN], sum[OWN], seen[OWN][1];
+      UNROLL for (int n = 0; n < OWN; n++) {
+        const float *piece = w.shared->joined[n];
+        most[n] = piece[SIZE], sum[n] = piece[SIZE + 1], seen[n][0] = piece[d];
+      }
+      UNROLL for (int by = 1; by < OWN; by *= 2)
+        UNROLL for (int n = 0; n + by < OWN; n += 2 * by) join(most[n], sum[n], seen[n], most[n + by], sum[n + by], seen[n + by]);
+      float *out = step.pieces + (long long)item * PIECE;
+      out[d] = seen[0][0];
+      if (d == 0) out[SIZE] = most[0], out[SIZE + 1] = sum[0];
+    }
   }
 }
-// 8 numbers of a head's result: its pieces put together.
-DEVICE Vec put_together(const float *pieces, int at) {
-  float weight[PIECES], most = NEVER, sum = 0, seen[8] = {};
-  UNROLL for (int p = 0; p < PIECES; p++) most = fmaxf(most, weight[p] = fresh(pieces + p * PIECE + SIZE));
-  UNROLL for (int p = 0; p < PIECES; p++) {
-    weight[p] = exp2_fast(weight[p] - most), sum = fmaf(weight[p], fresh(pieces + p * PIECE + SIZE + 1), sum);
+// 8 numbers of a head's result, from column `at` on.
+template <int ROWS> DEVICE Vec attended(const float *pieces, int at) {
+  constexpr int COUNT = SHARES<ROWS>;
+  float most[COUNT], sum[COUNT], seen[COUNT][8];
+  UNROLL for (int p = 0; p < COUNT; p++) {
+    most[p] = fresh(pieces + p * PIECE + SIZE), sum[p] = fresh(pieces + p * PIECE + SIZE + 1);
     UNROLL for (int k = 0; k < 2; k++) {
       const Quad quad = fresh((const Quad *)(pieces + p * PIECE + at) + k);
-      UNROLL for (int n = 0; n < 4; n++) seen[4 * k + n] = fmaf(weight[p], quad.f[n], seen[4 * k + n]);
+      UNROLL for (int n = 0; n < 4; n++) seen[p][4 * k + n] = quad.f[n];
     }
   }
+  UNROLL for (int by = 1; by < COUNT; by *= 2)
+    UNROLL for (int p = 0; p + by < COUNT; p += 2 * by) join(most[p], sum[p], seen[p], most[p + by], sum[p + by], seen[p + by]);
   Vec result;
-  UNROLL for (int k = 0; k < 4; k++) result.w[k] = pack(seen[2 * k] / sum, seen[2 * k + 1] / sum);
+  UNROLL for (int k = 0; k < 4; k++) result.w[k] = pack(seen[0][2 * k] / sum[0], seen[0][2 * k + 1] / sum[0]);
   return result;
 }
-DEVICE float gelu(float x) { return 0.5f * x * (1 + tanhf(0.79788456f * x * (1 + 0.044715f * x * x))); }
-DEVICE void better(Best &mine, float score, int id, int bad) { // the lower id of two that are equal
-  if (score > mine.score || (score == mine.score && id < mine.id)) mine.score = score, mine.id = id;
-  mine.bad |= bad;
-}
-DEVICE void better_of_lanes(Best &mine, int far) {
-  const float score = swap_with(mine.score, far);
-  const int id = swap_with(mine.id, far), bad = swap_with(mine.bad, far);
-  better(mine, score, id, bad);
-}
-
 template <int ROWS> DEVICE void work(const Step &step, Ring ring) {
-  Worker w = {ring.shared, step.row_count, (int)thread_id()};
-  w.warp = w.thread / 32, w.lane = w.thread % 32, w.g = w.lane / 4, w.q = w.lane % 4, w.turn = 0;
-  unsigned target = step.epoch, dealt = 0;
-  auto meet_grid = [&]() {
-    w.meet();
-    if (w.thread == 0) sync_grid(step.arrived, target += BLOCKS);
-    w.meet();
+  Shared *shared = ring.shared;
+  auto meet_grid = [&](int layer, int number) { // the first time in layer 0, number 1; five times in every layer
+    sync_threads(THREADS);
+    if (thread_id() == 0) sync_grid(step.arrived, step.epoch + (5 * layer + number) * BLOCKS);
+    sync_threads(THREADS);
   };
-  const int mine = w.thread % 64 / 8; // the row whose sums this thread puts together
-  const Row own = step.rows[mine < w.rows ? mine : 0];
-  const long long stride = (long long)step.slots * step.room * HIDDEN;
-  const long long place = ((long long)own.slot * step.room + own.length - 1) * HIDDEN; // in the keys of a layer
   auto nothing = [](int, int) { return Quad{}; };
+  const long long stride = (long long)step.slots * step.room * HIDDEN; // of the keys, or the values, of a layer
   Vec x[VECTORS];
 
-  for (int i = block_id() * THREADS + w.thread; i < w.rows * HIDDEN / 8; i += BLOCKS * THREADS) {
-    const Vec from = *(const Vec *)(step.embedding + (long long)step.rows[i * 8 / HIDDEN].id * HIDDEN + i * 8 % HIDDEN);
+  if (thread_id() < step.row_count) shared->rows[thread_id()] = step.rows[thread_id()];
+  sync_threads(THREADS);
+  for (int i = block_id() * THREADS + thread_id(); i < step.row_count * HIDDEN / 8; i += BLOCKS * THREADS) {
+    const Vec from = *(const Vec *)(step.embedding + (long long)shared->rows[i * 8 / HIDDEN].id * HIDDEN + i * 8 % HIDDEN);
     UNROLL for (int n = 0; n < 8; n++) step.hidden[i * 8 + n] = n % 2 ? high(from.w[n / 2]) : low(from.w[n / 2]);
   }
-  meet_grid();
+  meet_grid(0, 1);
   ROLLED for (int l = 0; l < step.layer_count; l++) {
     const Layer &layer = step.layers[l];
-    norm<ROWS>(w, x, step.hidden, layer.norm1, layer.norm1_bias, step.epsilon, 0);
+    norm<ROWS>(ring, x, step.hidden, layer.norm1, layer.norm1_bias, step.epsilon, 0);
     auto turns = [&](int output, int row) { // its bias, and cos and sin of its angle
-      const int d = output % SIZE, position = d < SIZE / 2 ? own.position : own.block_position;
+      const int d = output % SIZE, position = d < SIZE / 2 ? shared->rows[row].position : shared->rows[row].block_position;
       const long long at = (long long)position * (SIZE / 4) + d % (SIZE / 4);
       return Quad{{to_float(layer.qkv_bias[output]), to_float(step.cos[at]), to_float(step.sin[at])}};
     };
-    multiply<ROWS, true>(w, ring, 3 * HIDDEN, first_of(dealt), x, turns, [&](int output, int row, float sum, const Quad &given) {
+    multiply<ROWS, true>(ring, 3 * HIDDEN, first_of(l, QKV), x, turns, [&](int output, int row, float sum, const Quad &given) {
       const int which = output / SIZE % 3, d = output % SIZE, at = output / (3 * SIZE) * SIZE + d;
-      const float value = sum + given.f[0], other = swap_with(value, 4), sine = w.thread % 8 < 4 ? -given.f[2] : given.f[2];
+      const float value = sum + given.f[0], other = swap_with(value, 4), sine = thread_id() % 8 < 4 ? -given.f[2] : given.f[2];
       const float turned = which == 2 ? value : fmaf(value, given.f[1], other * sine);
-      if (row >= w.rows) return;
-      if (which == 0) step.query[row * HIDDEN + at] = turned * rsqrtf(SIZE) * 1.44269504f; // powers of 2 are quicker
-      else step.cache[(2 * l + which - 1) * stride + place + at] = to_half(turned);
+      if (row >= step.row_count) return;
+      if (which == 0) step.query[row * HIDDEN + at] = turned * SCALE;
+      else {
+        const long long place = (long long)shared->rows[row].slot * step.room + shared->rows[row].place;
+        step.cache[(2 * l + which - 1) * stride + place * HIDDEN + at] = to_half(turned);
+      }
     });
-    dealt += 3 * HIDDEN / 8;
-    meet_grid();
-    attend(w, step, l);
-    meet_grid();
-    take<ROWS>(w, x, [&](int row, int at) {
-      return put_together(step.pieces + (long long)(row * HEADS + at / SIZE) * PIECES * PIECE, at % SIZE);
+    meet_grid(l, 2);
+    attend<ROWS>(ring, step, l);
+    meet_grid(l, 3);
+    take<ROWS>(ring, x, [&](int row, int at) {
+      return attended<ROWS>(step.pieces + (row * HEADS + at / SIZE) * SHARES<ROWS> * PIECE, at % SIZE);
     });
     multiply<ROWS, false>(
-        w, ring, HIDDEN, first_of(dealt), x,
+        ring, HIDDEN, first_of(l, DENSE), x,
         [&](int output, int row) {
           return Quad{{to_float(layer.dense_bias[output]), fresh(step.hidden + row * HIDDEN + output),
                        to_float(layer.norm1[output]), to_float(layer.norm1_bias[output])}};
         },
         [&](int output, int row, float sum, const Quad &given) {
-          if (row < w.rows)
-            step.middle[row * HIDDEN + output] = fmaf(step.alpha, normed(w, 0, row, given), sum + given.f[0]);
+          if (row < step.row_count)
+            step.middle[row * HIDDEN + output] = fmaf(step.alpha, normed(shared, 0, row, given), sum + given.f[0]);
         });
-    dealt += HIDDEN / 8;
-    meet_grid();
-    norm<ROWS>(w, x, step.middle, layer.norm2, layer.norm2_bias, step.epsilon, 1);
+    meet_grid(l, 4);
+    norm<ROWS>(ring, x, step.middle, layer.norm2, layer.norm2_bias, step.epsilon, 1);
     multiply<ROWS, false>(
-        w, ring, INNER, first_of(dealt), x, [&](int output, int row) { return Quad{{to_float(layer.up_bias[output])}}; },
+        ring, INNER, first_of(l, UP), x, [&](int output, int row) { return Quad{{to_float(layer.up_bias[output])}}; },
         [&](int output, int row, float sum, const Quad &given) {
-          if (row < w.rows) step.inner[row * INNER + output] = to_half(gelu(sum + given.f[0]));
+          if (row < step.row_count) step.inner[row * INNER + output] = to_half(gelu(sum + given.f[0]));
         });
-    dealt += INNER / 8;
-    meet_grid();
-    const int first = first_of(dealt);
+    meet_grid(l, 5);
+    const int first = first_of(l, DOWN);
     ROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      take<ROWS>(w, x, [&](int row, int at) { return fresh((const Vec *)(step.inner + row * INNER + chunk * HIDDEN + at)); });
+      take<ROWS>(ring, x, [&](int row, int at) { return fresh((const Vec *)(step.inner + row * INNER + chunk * HIDDEN + at)); });
       multiply<ROWS, false>(
-          w, ring, HIDDEN, first, x,
+          ring, HIDDEN, first, x,
           [&](int output, int row) {
             if (chunk + 1 < CHUNKS) return Quad{};
             return Quad{{to_float(layer.down_bias[output]), fresh(step.middle + row * HIDDEN + output),
                          to_float(layer.norm2[output]), to_float(layer.norm2_bias[output])}};
           },
           [&](int output, int row, float sum, const Quad &given) {
-            float &kept = w.shared->kept[(output / 8 - first) / BLOCKS * 64 + w.thread % 64];
+            float &kept = shared->kept[(output / 8 - first) / BLOCKS * 64 + thread_id() % 64];
             if (chunk) sum += kept;
             if (chunk + 1 < CHUNKS) kept = sum;
-            else if (row < w.rows)
-              step.hidden[row * HIDDEN + output] = fmaf(step.alpha, normed(w, 1, row, given), sum + given.f[0]);
+            else if (row < step.row_count)
+              step.hidden[row * HIDDEN + output] = fmaf(step.alpha, normed(shared, 1, row, given), sum + given.f[0]);
           });
     }
-    dealt += HIDDEN / 8;
-    meet_grid();
+    meet_grid(l, 6);
   }
-  norm<ROWS>(w, x, step.hidden, step.norm, step.norm_bias, step.epsilon, 0);
-  Best best = {-3.4e38f, 0x7fffffff, 0};
-  multiply<ROWS, false>(w, ring, step.vocabulary, first_of(dealt), x, nothing,
+  norm<ROWS>(ring, x, step.hidden, step.norm, step.norm_bias, step.epsilon, 0);
+  Best best = no_best();
+  multiply<ROWS, false>(ring, step.vocabulary, first_of(step.layer_count, QKV), x, nothing,
                         [&](int output, int row, float sum, const Quad &) {
-                          if (row < w.rows) step.logits[(long long)row * step.vocabulary + output] = sum;
+                          if (row < step.row_count) step.logits[(long long)row * step.vocabulary + output] = sum;
                           better(best, sum, output, !(sum - sum == 0));
                         });
+  const Worker w(ring);
   // The best of a thread, of 8 lanes, of a block, of all.
   UNROLL for (int far = 1; far < 8; far *= 2) better_of_lanes(best, far);
-  if (w.lane % 8 == 0) w.shared->best[w.thread / 64][mine] = best;
+  if (w.lane % 8 == 0) w.shared->best[w.thread / 64][w.thread % 64 / 8] = best;
   w.meet();
   if (w.thread < w.rows) {
     for (int n = 0; n < THREADS / 64; n++) {
@@ -448,24 +420,24 @@ template <int ROWS> DEVICE void work(const Step &step, Ring ring) {
     }
     step.best[w.thread * BLOCKS + block_id()] = best;
   }
-  meet_grid();
+  meet_grid(step.layer_count, 2);
   if (block_id() == 0)
     for (int row = w.warp; row < w.rows; row += WARPS) {
-      best = {-3.4e38f, 0x7fffffff, 0};
+      best = no_best();
       for (int n = w.lane; n < BLOCKS; n += 32) {
         const volatile Best &other = step.best[row * BLOCKS + n];
         better(best, other.score, other.id, other.bad);
       }
       UNROLL for (int far = 1; far < 32; far *= 2) better_of_lanes(best, far);
       if (w.lane == 0) {
-        step.tokens[row] = step.rows[row].id = best.bad ? step.blank : best.id;
-        step.rows[row].block_position++, step.rows[row].length++;
+        step.tokens[row] = best.bad ? step.blank : best.id;
+        advance(step.rows[row], step.tokens[row]);
       }
     }
 }
 
 template <int ROWS> DEVICE void run(const Step &step) {
-  Ring ring = {shared_memory(), (Shared *)(shared_memory() + STAGES * STAGE), 0, 0};
+  Ring ring = {shared_memory(), (Shared *)(shared_memory() + STAGES * STAGE), step.row_count, 0, 0, 0};
   if (thread_id() == 0) {
     for (int i = 0; i < STAGES; i++)
       barrier_init(&ring.shared->full[i], STAGE_ARRIVALS), barrier_init(&ring.shared->empty[i], WARPS);

@@ -18,7 +18,11 @@ struct alignas(16) Quad {
   float f[4];
 };
 
-DEVICE unsigned thread_id() { return threadIdx.x; }
+DEVICE int thread_id() { // volatile: what follows from it is worked out where it is used, and takes no register until then
+  int id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+}
 DEVICE unsigned block_id(int axis = 0) { return axis == 0 ? blockIdx.x : axis == 1 ? blockIdx.y : blockIdx.z; }
 DEVICE unsigned block_count() { return gridDim.x; }
 DEVICE byte_t *shared_memory() {

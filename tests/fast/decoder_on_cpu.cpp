@@ -1,6 +1,7 @@
 // decoder.cu as a program for the host.
 #include "host.hpp"
 
+#include "attention.cuh"
 #include "decoder.cu"
 
 extern "C" int run_step(const Step *step, int rows) {

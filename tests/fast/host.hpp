@@ -40,7 +40,7 @@ static thread_local unsigned own_thread, own_block[3];
 static thread_local Block *block;
 static unsigned blocks_of_grid;
 
-inline unsigned thread_id() { return own_thread; }
+inline int thread_id() { return own_thread; }
 inline unsigned block_id(int axis = 0) { return own_block[axis]; }
 inline unsigned block_count() { return blocks_of_grid; }
 inline byte_t *shared_memory() { return block->memory.data(); }
