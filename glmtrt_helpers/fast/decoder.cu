@@ -227,6 +227,7 @@ DEVICE void multiply(Ring &ring, int rows, int first, const Vec (&x)[VECTORS], L
       const byte_t *stage = ring.stages + ring.slot * STAGE + w.g * PITCH + (w.warp * STEPS * 32 + w.q * 8) * 2;
       Vec b[STEPS];
       UNROLL for (int s = 0; s < STEPS; s++) b[s] = *(const Vec *)(stage + 64 * s);
+      reads_done();
       sync_warp();
       if (w.lane == 0) barrier_arrive(&ring.shared->empty[ring.slot]);
       UNROLL for (int s = 0; s < STEPS; s++) {

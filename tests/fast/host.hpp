@@ -91,6 +91,7 @@ inline void sync_grid(unsigned *arrived, unsigned target) {
 // An mbarrier: arrivals that are missing in the low half, those of a phase in the middle, the phase in the highest bit.
 inline void barrier_init(unsigned long long *b, int arrivals) { *b = (unsigned long long)arrivals | (unsigned long long)arrivals << 16; }
 inline void barrier_init_done() {}
+inline void reads_done() {}
 inline void barrier_arrive(unsigned long long *b) {
   std::atomic_ref<unsigned long long> state(*b);
   unsigned long long old = state.load(), next;
@@ -130,7 +131,16 @@ inline void multiply_tile(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, 
   w.meet.arrive_and_wait();
 }
 
-// Run a kernel as a grid of blocks that are all there at once.
+inline void load_transposed(unsigned (&b)[4], const byte_t *tile, int pitch) {
+  const int lane = own_thread % 32, g = lane / 4, q = lane % 4;
+  for (int k = 0; k < 4; k++) {
+    half_t two[2];
+    for (int n = 0; n < 2; n++) std::memcpy(two + n, tile + (k % 2 * 8 + 2 * q + n) * pitch + (k / 2 * 8 + g) * 2, 2);
+    b[k] = two[0] | (unsigned)two[1] << 16;
+  }
+}
+
+// Run a kernel as a grid of blocks, all there at once.
 template <class F> void run_grid(unsigned blocks, int threads, int workers, size_t bytes, F kernel) {
   std::vector<std::unique_ptr<Block>> all;
   std::vector<std::thread> running;
@@ -143,4 +153,17 @@ template <class F> void run_grid(unsigned blocks, int threads, int workers, size
         kernel();
       });
   for (auto &thread : running) thread.join();
+}
+template <class F> void run_blocks(unsigned columns, unsigned rows, int threads, size_t bytes, F kernel) {
+  for (unsigned y = 0; y < rows; y++)
+    for (unsigned x = 0; x < columns; x++) {
+      Block one(bytes, threads, threads);
+      std::vector<std::thread> running;
+      for (int t = 0; t < threads; t++)
+        running.emplace_back([&, t] {
+          own_thread = t, own_block[0] = x, own_block[1] = y, block = &one;
+          kernel();
+        });
+      for (auto &thread : running) thread.join();
+    }
 }
