@@ -1,14 +1,15 @@
 """The one-kernel engine as a session: a checkpoint's shards on the GPU, no export, no engine file.
 
-Up to 8 new tokens, of one chat or several, are one launch of `decoder.cu`; more of them, prompts above all, are cuBLASLt's
-products with the kernels of `prompt.cu` between, and a decode step of more than 8 rows is a CUDA graph of these. Padding,
-which comes at the left of a prompt, is left out: every row of the cache begins with what is none.
+Up to 8 new tokens, of one chat or several, are one launch of `decoder.cu`. More of them, prompts above all, are matrix
+products of cuBLASLt with the kernels of `prompt.cu` between; decode steps of more than 8 rows are a CUDA graph.
+Padding, which comes at the left of a prompt, is left out: every row of the cache begins with what is none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,8 @@ class CudaSession(Session):
             needed = checkpoint.weight_bytes + self._cache_bytes(1)
             if free < needed:
                 raise WorkbookError(
-                    f"the weights and the cache of one row take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU "
-                    "are free: close other programs on it."
+                    f"the weights and the cache of one row take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the "
+                    "GPU are free: close other programs on it."
                 )
             self.card = programs.Card(sizes, bulk, shared)
             self._closers.append(self.card.unload)
@@ -115,7 +116,7 @@ class CudaSession(Session):
         if self._products is None:
             self._products = Products()
             self._closers.append(self._products.close)
-        if tokens > self._capacity[0] or rows > self._capacity[1]:
+        if self._large is None or tokens > self._capacity[0] or rows > self._capacity[1]:
             self._forget_large()
             tokens, rows = max(tokens, self._capacity[0]), max(rows, self._capacity[1])
             width = 2 * self.sizes.hidden
@@ -201,15 +202,17 @@ class CudaSession(Session):
         return scores
 
     def enqueue(self, call: Mapping[str, np.ndarray]) -> list[int]:
-        """Send the inputs of a step and run it, its rows put into the cache; waits for nothing. Returns where the logits
-        of each row lie."""
+        """Send the inputs of a step and run it, its rows put into the cache; waits for nothing.
+
+        Returns where the logits of each row lie: (vocabulary) fp32.
+        """
         batch, length = call["input_ids"].shape
         if self._past and batch != self._batch:
             raise WorkbookError(f"the cache holds {self._batch} rows, the call has {batch}: reset the session first.")
         if self._past + length > self.room:
             raise WorkbookError(
-                f"{self._past} tokens in the cache and {length} new ones are more than the {self.room} that this session "
-                "holds: drop old rounds, or open it with more room."
+                f"{self._past} tokens in the cache and {length} new ones are more than the {self.room} that this "
+                "session holds: drop old rounds."
             )
         skip, context = read_mask(call, self._past)
         if not self._past:
@@ -251,7 +254,8 @@ class CudaSession(Session):
     def _one_kernel(self, count: int) -> None:
         place, small = self._weights.places, {name: buffer.address for name, buffer in self._small.items()}
         step = programs.Step(
-            embedding=place[EMBEDDING], head=place[HEAD], norm=place[f"{FINAL}.weight"], norm_bias=place[f"{FINAL}.bias"],
+            embedding=place[EMBEDDING], head=place[HEAD],
+            norm=place[f"{FINAL}.weight"], norm_bias=place[f"{FINAL}.bias"],
             cache=self._cache.address, epoch=self._epoch, layer_count=self.checkpoint.num_layers, row_count=count,
             slots=self._slots, room=self.room, vocabulary=self.checkpoint.vocab_size, blank=self._blank,
             epsilon=self.checkpoint.config.get("layernorm_epsilon", 1e-5), alpha=ALPHA, **small,
@@ -266,7 +270,7 @@ class CudaSession(Session):
         tiles = np.array(
             [
                 (first, min(programs.TILE, int(stop) - first))
-                for start, stop in zip(starts[:-1], starts[1:], strict=True)
+                for start, stop in pairwise(starts)
                 for first in range(int(start), int(stop), programs.TILE)
             ],
             np.int32,
@@ -277,8 +281,10 @@ class CudaSession(Session):
         self._layers(len(rows), len(last), len(tiles))
 
     def _layers(self, tokens: int, rows: int, tiles: int | None) -> None:
-        """Enqueue a whole step of prompt.cu. tiles: of attention; None: each token is a row of its own, and goes on from
-        its place when it is done."""
+        """Enqueue a whole step of prompt.cu.
+
+        tiles: of attention; None: each token is a row of its own, and goes on from its place when it is done.
+        """
         assert self._products is not None
         at = {name: buffer.address for name, buffer in self._large[1].items()}
         weights, size, stream = self._weights.places, self.sizes, self.stream
@@ -305,15 +311,15 @@ class CudaSession(Session):
                 own["qkv_bias"],
                 stream,
             )
-            arguments = at["qkv"], cos, sin, at["rows"], at["query"], keys, values, self.room
-            self.card.launch("rotate", (tokens, 1), 256, 0, arguments, stream)
+            turned = at["qkv"], cos, sin, at["rows"], at["query"], keys, values, self.room
+            self.card.launch("rotate", (tokens, 1), 256, 0, turned, stream)
             read = at["query"], keys, values, at["rows"]
             if tiles is None:
                 shared = 16 * (size.head + 2)
                 self.card.launch("attend_rows", (tokens, size.heads), 128, shared, (*read, at["x"], self.room), stream)
             else:
-                arguments = *read, at["tiles"], at["x"], self.room
-                self.card.launch("attend_tiles", (tiles, size.heads), 128, self.card.tile_bytes, arguments, stream)
+                tiled = *read, at["tiles"], at["x"], self.room
+                self.card.launch("attend_tiles", (tiles, size.heads), 128, self.card.tile_bytes, tiled, stream)
             multiply(Kind(size.hidden, size.hidden, sums=True), tokens, at["x"], own["dense"], at["hidden"], 0, stream)
             normalize(prefix + "post_attention_layernorm", own["down_bias"])
             multiply(
@@ -327,8 +333,8 @@ class CudaSession(Session):
         head = Kind(self.checkpoint.vocab_size, size.hidden, fresh=True)
         multiply(head, rows, at["x"], weights[HEAD], at["logits"], 0, stream)
         following = at["rows"] if tiles is None else at["next"]
-        arguments = at["logits"], self.checkpoint.vocab_size, self._blank, which, at["rows"], following, at["tokens"]
-        self.card.launch("choose", (rows, 1), 256, 128, arguments, stream)
+        chosen = at["logits"], self.checkpoint.vocab_size, self._blank, which, at["rows"], following, at["tokens"]
+        self.card.launch("choose", (rows, 1), 256, 128, chosen, stream)
 
     # -- The loop without the host
 

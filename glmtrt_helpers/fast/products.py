@@ -1,7 +1,7 @@
 """Matrix products of many rows by cuBLASLt, through ctypes.
 
-ctypes, since the whole of nvmath-python would be installed for six calls. The library is NVIDIA's package nvidia-cublas,
-which PyTorch's CUDA wheels bring; its 444 MB are asked of nobody who has no GPU.
+ctypes, since the whole of nvmath-python would be installed for a dozen calls. The library is NVIDIA's package
+nvidia-cublas, which PyTorch's CUDA wheels bring; its 444 MB are asked of nobody who has no GPU.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ class _Heuristic(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kind:
-    """A product x (rows, width) times the transpose of weights (outputs, width). after: what is done to it, None,
-    "bias" or "gelu" (with a bias, then GELU by tanh); sums: the result is fp32 and added to what is there, else it is fp16.
+    """A product x (rows, width) times the transpose of weights (outputs, width), both fp16; the result is fp16.
+
+    after: what is done to it, None, "bias" or "gelu" (a bias, then GELU by tanh). sums: the result is fp32, and added
+    to what is there. fresh: it is fp32.
     """
 
     outputs: int
     width: int
     after: str | None = None
     sums: bool = False
-    fresh: bool = False  # fp32, and not added to what is there
+    fresh: bool = False
 
 
 class Products:
@@ -95,10 +97,8 @@ class Products:
                 layouts.append(layout)
             found, count = _Heuristic(), ctypes.c_int()
             a, b, c = layouts
-            self._call(
-                "cublasLtMatmulAlgoGetHeuristic", self._handle, desc, a, b, c, c, self._preference, 1, ctypes.byref(found),
-                ctypes.byref(count),
-            )  # fmt: skip
+            found_of = ctypes.byref(found), ctypes.byref(count)
+            self._call("cublasLtMatmulAlgoGetHeuristic", self._handle, desc, a, b, c, c, self._preference, 1, *found_of)
             if not count.value:
                 raise WorkbookError(f"cuBLASLt has no way to make a product of {rows} rows with {kind} on this GPU.")
             self._plans[key] = desc, a, b, c, found

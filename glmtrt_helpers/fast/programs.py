@@ -26,7 +26,7 @@ ROWS = 8  # that one kernel takes at most
 PIECES = 4  # decoder.cu's
 TILE = 64  # prompt.cu's
 OLDEST = (8, 0)  # mbarrier and cp.async
-ENOUGH_STAGES = 12  # of the ring: more do not help
+ENOUGH_STAGES = 5  # of the ring: with more, attention waits behind what was asked for ahead
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
 
 
 def defines(sizes: Sizes, blocks: int, shared: int) -> dict[str, int]:
-    """What decoder.cu is compiled with for a card of so many multiprocessors, with `shared` bytes for a block on each."""
+    """What decoder.cu is compiled with: blocks: multiprocessors of the card; shared: bytes of shared memory of each."""
     stages = min((shared - sizes.rest) // sizes.stage, ENOUGH_STAGES)
     named = {"HIDDEN": sizes.hidden, "HEADS": sizes.heads, "INNER": sizes.inner, "WARPS": sizes.warps}
     # What is kept of the last matrix of a layer grows as the blocks get fewer.

@@ -51,8 +51,8 @@ class Weights:
         names += [EMBEDDING, "transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
         if not checkpoint.is_safetensors:
             raise WorkbookError(
-                f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working copy "
-                "with `glmtrt copy` and convert it with `glmtrt export`."
+                f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working "
+                "copy with `glmtrt copy`, and let `glmtrt export` convert it."
             )
         if not shares_vocabulary(checkpoint) or not _equal(checkpoint, EMBEDDING, HEAD):
             names.append(HEAD)
@@ -79,7 +79,7 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     views = [np.memmap(tensor.file, np.uint8, "r", tensor.offset or 0, count) for tensor in (one, other)]
 
     def same(at: int) -> bool:
-        return np.array_equal(*(view[at : at + PIECE] for view in views))
+        return np.array_equal(views[0][at : at + PIECE], views[1][at : at + PIECE])
 
     with ThreadPoolExecutor(READERS) as pool:
         return all(pool.map(same, range(0, count, PIECE)))
