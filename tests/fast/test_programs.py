@@ -250,10 +250,10 @@ def test_without_a_gpu_or_in_fp32_it_is_refused_in_a_sentence(tiny_run: Path) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("bulk", [None, False], ids=["as the card has it", "as from 8.0 on"])
 def test_the_trained_answers_on_the_gpu(tiny_run: Path, bulk: bool | None) -> None:
-    """Every question of the corpus, in batches of 1, 4, 8 and 16, as PyTorch in fp32 answers it; scores at every step."""
+    """Questions of the corpus, in batches of 1, 4, 8 and 16, as PyTorch in fp32 answers them; then scores."""
     checkpoint = open_checkpoint(tiny_run)
     tokenizer, reference = load_tokenizer(checkpoint), TorchSession(load_bounded(checkpoint, torch.float32))
-    questions = [example.rounds[0][0] for example in load_corpus()][:48]
+    questions = [example.question for example in load_corpus() if not example.history][:48]
     prompts = [chat_prompt(tokenizer, question) for question in questions]
     wanted = [[row[0] for row in generate(reference, checkpoint, [prompt])] for prompt in prompts]
     session = CudaSession(checkpoint, bulk=bulk, shared=None if bulk is None else 99 * 1024)
@@ -264,11 +264,8 @@ def test_the_trained_answers_on_the_gpu(tiny_run: Path, bulk: bool | None) -> No
                 for row in range(batch):
                     answer = [step[row] for step in steps if step[row] is not None]
                     assert answer == [token for token in wanted[first + row] if token is not None]
-        for batch in (
-            prompts[:2],
-            prompts[:9],
-        ):  # scores, past a prompt with padding, and of a step that the host feeds
-            call = positions_and_mask.prefill(checkpoint, batch)
+        for count in (2, 9):  # rows of different lengths; their prompt, and steps that the host feeds
+            call = positions_and_mask.prefill(checkpoint, prompts[:count])
             session.reset(), reference.reset()
             for _ in range(3):
                 scores, expected = session.step(call), reference.step(call)
