@@ -407,7 +407,8 @@ def _range(text: str, option: str) -> Any:
 def chat(
     directory: Directory,
     backend: Annotated[
-        Literal["torch", "ort", "tensorrt"] | None, typer.Option(help="default: the fastest here")
+        Literal["torch", "ort", "tensorrt", "cuda"] | None,
+        typer.Option(help="default: the fastest of the first three here; cuda: one kernel a token, from the shards"),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="ask this, print only the answer, and exit")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="always take the most likely token")] = False,
@@ -446,7 +447,12 @@ def chat(
     if backend is None:
         backend, why = factory.best_backend(checkpoint, dtype)
         tell(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""))
-    session = factory.open_session(checkpoint, backend, dtype)
+    if backend == "cuda" and not fast:
+        from glmtrt_helpers.fast.cuda_session import CudaSession  # cuda-python
+
+        session: Any = CudaSession.open(checkpoint, dtype)
+    else:
+        session = factory.open_session(checkpoint, backend, dtype)
     try:
         conversation = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
         if prompt is not None:

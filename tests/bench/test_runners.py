@@ -71,6 +71,7 @@ def built(tmp_path: Path) -> Checkpoint:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_both_engines_on_a_fake_gpu(built: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step can be run any number of times, at any past; the cache has the length it had."""
     gpu = fake_gpu.install(monkeypatch)

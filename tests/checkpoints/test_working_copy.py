@@ -224,6 +224,7 @@ def test_a_file_that_only_the_checkpoint_changed_is_replaced_without_a_word(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("links")
 def test_copy_and_export_tell_of_hard_links(tiny_random: Path, glmtrt: InProcess) -> None:
     """At both, because a copy may have been made long before."""

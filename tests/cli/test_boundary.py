@@ -223,6 +223,7 @@ def test_interrupted_before_its_first_file_is_whole_it_leaves_none(
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("chat", "workbook", "bench startup", "patch")])
 def test_interrupted_while_it_reports_its_work_stands(
     end: Callable[..., Ended], folder: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -80,6 +80,7 @@ def test_every_function_stands_in_a_notebook_as_it_is_here() -> None:
                 assert source and any(source in cell for cell in cells), f"{path.name}: {source}"
 
 
+@pytest.mark.slow
 def test_the_export_is_the_helpers_model_and_answers_with_it(exported: Checkpoint, run: Run, tmp_path: Path) -> None:
     bare = tmp_path / "bare.onnx"
     run("export_onnx.py", exported.directory, bare)

@@ -51,6 +51,7 @@ def random_conversations(count: int) -> list[conversations.Example]:
     return [fresh.sample(conversations.LONGEST, outside=0.0)[0] for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_shipped_checkpoint_answers_at_any_place_of_a_conversation(dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(TINY)

@@ -47,6 +47,7 @@ def test_what_needs_a_kernel_is_not_written(tmp_path: Path) -> None:
     assert shown == [static, static, [{"text/plain": "'text'"}]] and "widgets" not in written.metadata
 
 
+@pytest.mark.slow
 def test_output_widgets_do_not_stop_the_run(tmp_path: Path) -> None:
     """nbclient answered each of these prints on the socket on which it waits, and missed a reply within 100 cells."""
     cell = """import ipywidgets, sys
