@@ -19,7 +19,7 @@ export GLMTRT_MODEL := $(MODEL)
 
 STEPS := core checkpoints inputs sessions patches export graphs engines chat fast bench standin workbook cli
 # Steps that have a notebook, and its number.
-NOTEBOOKS := checkpoints-00 inputs-01 patches-02 export-03 graphs-04 engines-05 chat-06 fast-07
+NOTEBOOKS := checkpoints-00 inputs-01 patches-02 export-03 graphs-04 engines-05 chat-06 fast-07 workbook-08
 ifdef STEP
 ifneq ($(words $(filter $(STEP),$(STEPS))),1)
 $(error There is no step "$(STEP)": choose one of $(STEPS))
