@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 import transformers
-from onnx import numpy_helper, parser
+from onnx import helper, numpy_helper, parser
 from support.exporting import editing, path_of
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
@@ -200,3 +200,18 @@ def test_nothing_is_found_in_other_models(kind: str, tmp_path: Path) -> None:
             dynamic_shapes={"input_ids": {0: batch, 1: sequence}},
         )
     assert problems(path) == []
+
+
+def test_a_cache_that_begins_with_the_batch_is_another_models(tmp_path: Path) -> None:
+    """A Llama has (batch, heads, past, size), where ChatGLM has (past, batch, heads, size)."""
+
+    def graph(cache: list[str | int]) -> onnx.ModelProto:
+        ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", "sequence"])
+        past = helper.make_tensor_value_info("past_key_values.0.key", onnx.TensorProto.FLOAT, cache)
+        out = helper.make_tensor_value_info("present.0.key", onnx.TensorProto.FLOAT, cache)
+        node = helper.make_node("Identity", ["past_key_values.0.key"], ["present.0.key"])
+        return helper.make_model(helper.make_graph([node], "cache", [ids, past], [out]))
+
+    assert static_dimensions(graph(["batch", 4, "past", 16])) == []
+    found = static_dimensions(graph(["past", 1, 4, 16]))
+    assert [(each.tensor, each.axis) for each in found] == [("past_key_values.0.key", 1), ("present.0.key", 1)]
