@@ -67,7 +67,7 @@ def test_a_mask_says_what_is_padding_and_what_sees_what(checkpoint: Checkpoint) 
     for row, columns in ((1, [2]), (length, [3]), (length, [length + 1]), (length, [3, length + 1])):
         wrong = {name: array.copy() for name, array in longer.items()}
         wrong["attention_mask"][1, 0, row, columns] ^= True
-        with pytest.raises(WorkbookError, match=r"takes masks of a chat: padding .* take the classical decoder"):
+        with pytest.raises(WorkbookError, match=r"takes masks of a chat: padding .* take another backend"):
             fast_session.read_mask(wrong, 0)
     hole = positions_and_mask.decode(call, np.array([7, 8]))
     hole["attention_mask"][1, 0, 0, 1] = True
