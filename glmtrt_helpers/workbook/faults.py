@@ -27,7 +27,7 @@ def sixth_fault(checkpoint: Checkpoint) -> Path:
         for which, name in enumerate(index.nodes[i].input):
             value = index.scalar(name)
             if value is not None and abs(value - _RIGHT) < 1e-3:
-                model.graph.initializer.append(numpy_helper.from_array(np.float16(_WRONG), "val_gelu"))
+                model.graph.initializer.append(numpy_helper.from_array(np.array(_WRONG, np.float16), "val_gelu"))
                 index.nodes[i].input[which] = "val_gelu"
                 path = checkpoint.directory / "sixth.onnx"
                 with replacing(path) as temporary:
