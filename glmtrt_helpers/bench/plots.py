@@ -26,6 +26,8 @@ LOOKS = {
     "ort-cpu": ("#cc79a7", "v"),
     "classical": ("#56b4e9", "s"),
     "fast": ("#d55e00", "D"),
+    "torch-compile": ("#0072b2", "<"),
+    "cuda": ("#000000", "*"),
 }
 FLOOR = "#333333"
 READING, MATMULS = ("#2f4b6e", "#9ebcda"), "#e08214"

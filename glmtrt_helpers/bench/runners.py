@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from torch._inductor import config as inductor
 
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.checkpoints import loading
@@ -30,6 +31,7 @@ from glmtrt_helpers.engines import cuda, plan_info
 from glmtrt_helpers.engines.profiles import find_profile
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.fast import backends as fast_backends
+from glmtrt_helpers.fast.cuda_session import CudaSession
 from glmtrt_helpers.fast.session import PARTS, part_path
 from glmtrt_helpers.fast.static_decoder import StaticDecoder
 from glmtrt_helpers.fast.tensorrt import FastTensorRTSession
@@ -51,9 +53,11 @@ def runners(checkpoint: Checkpoint, dtype: str) -> dict[str, Callable[[], Runner
     return {
         "torch-eager": lambda: TorchEager(checkpoint, dtype, torch_device),
         "torch-graph": lambda: TorchGraph(checkpoint, dtype),
+        "torch-compile": lambda: TorchCompile(checkpoint, dtype),
         f"ort-{ort_device}": lambda: Ort(checkpoint, dtype, ort_device),
         "classical": lambda: Engine(checkpoint, dtype),
         "fast": lambda: FastEngine(checkpoint, dtype),
+        "cuda": lambda: OneKernel(checkpoint, dtype),
     }
 
 
@@ -144,8 +148,10 @@ class TorchGraph(Runner):
         new = {name: torch.from_numpy(array).to("cuda") for name, array in arrays.items()}
         mask = None if length == 1 else new["attention_mask"]
 
+        function = self._function()
+
         def run() -> object:
-            return self.model.step(new["input_ids"], new["position_ids"], mask, cache, past)
+            return function(new["input_ids"], new["position_ids"], mask, cache, past)
 
         side = torch.cuda.Stream()
         with torch.inference_mode(), torch.cuda.stream(side):  # the first calls allocate what must not be captured
@@ -157,12 +163,30 @@ class TorchGraph(Runner):
             run()
         return graph.replay
 
+    def _function(self) -> Callable[..., object]:
+        step: Callable[..., object] = self.model.step
+        return step
+
     def times(self, step: Step, count: int) -> list[float]:
         return torch_times(step, count)
 
     def close(self) -> None:
         self.model = None
         free_torch()
+
+
+class TorchCompile(TorchGraph):
+    """The same by `torch.compile`, which tries its kernels for each size: up to a minute before the first step."""
+
+    name = "torch-compile"
+
+    def _function(self) -> Callable[..., object]:
+        inductor.coordinate_descent_tuning = True
+        return torch.compile(self.model.step, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+    def close(self) -> None:
+        torch._dynamo.reset()
+        super().close()
 
 
 class Ort(Runner):
@@ -269,6 +293,32 @@ class FastEngine(_OnTensorRT):
             return session.decode
         new = step_inputs(self.checkpoint, batch, length, past)
         return lambda: session.enqueue(new, length)
+
+
+class OneKernel(FastEngine):
+    """The one-kernel engine: no engine files, any sizes."""
+
+    name = "cuda"
+
+    @staticmethod
+    def open(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> CudaSession:
+        return CudaSession.open(checkpoint, dtype)
+
+    def plans(self) -> list[Path]:
+        return []
+
+    def step(self, batch: int, length: int, past: int) -> Step:
+        session: CudaSession = self.session
+        self._cache = batch, past
+        if past:
+            return session.decode
+        new = step_inputs(self.checkpoint, batch, length, past)
+
+        def run() -> object:
+            session.reset()
+            return session.enqueue(new, length)
+
+        return run
 
 
 def step_inputs(checkpoint: Checkpoint, batch: int, length: int, past: int) -> dict[str, np.ndarray]:

@@ -41,8 +41,8 @@ def out_of_memory(what: str) -> WorkbookError:
     status, free, total = cudart.cudaMemGetInfo()
     room = "" if status != cudart.cudaError_t.cudaSuccess else f" ({free / 1e9:.2f} of {total / 1e9:.2f} GB are free)"
     return WorkbookError(
-        f"the GPU has not enough memory to {what}{room}: close other programs on it, or build the engine with smaller "
-        "--batch, --prompt and --past maxima."
+        f"the GPU has not enough memory to {what}{room}: close other programs on it, or take fewer rows or tokens, "
+        "which of an engine are the --batch, --prompt and --past that it is built for."
     )
 
 

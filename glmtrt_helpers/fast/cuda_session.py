@@ -20,24 +20,24 @@ from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines import cuda
 from glmtrt_helpers.fast import programs
-from glmtrt_helpers.fast.masks import read_mask
 from glmtrt_helpers.fast.products import Kind, Products
-from glmtrt_helpers.fast.weights import EMBEDDING, HEAD, Weights, layer_weights, rotary_tables
-from glmtrt_helpers.sessions.base import Limits, Session
+from glmtrt_helpers.fast.session import FastSession
+from glmtrt_helpers.fast.weights import EMBEDDING, HEAD, Weights, layer_weights, rotary_tables, weight_sizes
+from glmtrt_helpers.sessions.base import Limits
 
 AHEAD = 4  # steps that may run before the token of the first is read; so many are wasted where an answer ends
 ALPHA = math.sqrt(2 * 28)  # of the residual: upstream's own default, which does not follow the number of layers
 FINAL = "transformer.final_layernorm"
 
 
-class CudaSession(Session):
+class CudaSession(FastSession):
     """The weights, the cache and the programs on the GPU, in fp16 with sums in fp32.
 
-    room: tokens that the cache holds for a row, None for as many as the checkpoint takes. The cache is made for as many
-    rows as the first call has. last_only: logits come out for the last position alone.
+    The cache has room for all positions of the checkpoint, in as many rows as a call had at most.
+    bulk, shared: as for `programs.Card`.
     """
 
-    backend, last_only, dtype = "cuda", True, np.dtype(np.float16)
+    backend = "cuda"
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, dtype: str = "fp16") -> CudaSession:
@@ -48,17 +48,14 @@ class CudaSession(Session):
             )
         return cls(checkpoint)
 
-    def __init__(
-        self, checkpoint: Checkpoint, room: int | None = None, bulk: bool | None = None, shared: int | None = None
-    ):
+    def __init__(self, checkpoint: Checkpoint, bulk: bool | None = None, shared: int | None = None):
         sizes = programs.sizes_of(checkpoint)
         if not tensorrt_package.gpus():
             raise WorkbookError("the one-kernel engine needs an NVIDIA GPU and its driver: take another backend.")
-        self.checkpoint, self.sizes, self.room = checkpoint, sizes, room or checkpoint.max_length
-        self.limits = Limits(total=self.room)
-        self._names = [f"{layer}.{part}" for layer in range(checkpoint.num_layers) for part in ("key", "value")]
+        super().__init__(checkpoint, np.dtype(np.float16))
+        self.sizes, self._room, self._epoch = sizes, checkpoint.max_length, 0
+        self.limits = Limits(total=self._room)
         self._blank = load_tokenizer(checkpoint).blank_id
-        self._past, self._batch, self._skip, self._epoch = 0, 0, np.zeros(0, np.int64), 0
         self._capacity, self._slots, self._next = (0, 0), 0, np.zeros(0, programs.ROW)
         self._graphs: dict[int, Any] = {}
         self._closers: list[Callable[[], None]] = []
@@ -67,7 +64,8 @@ class CudaSession(Session):
         self._products: Products | None = None
         try:
             free = cuda.free_device_memory()  # the first call makes the context that the kernels are loaded into
-            needed = checkpoint.weight_bytes + self._cache_bytes(1)
+            sizes_of_weights = weight_sizes(checkpoint)
+            needed = sum(map(cuda.aligned, sizes_of_weights.values())) + self._cache_bytes(1)
             if free < needed:
                 raise WorkbookError(
                     f"the weights and the cache of one row take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the "
@@ -77,7 +75,7 @@ class CudaSession(Session):
             self._closers.append(self.card.unload)
             self.stream = cuda.new_stream()
             self._closers.append(lambda: cuda.destroy_stream(self.stream))
-            self._weights = Weights(checkpoint)
+            self._weights = Weights(checkpoint, sizes_of_weights)
             self._closers.append(self._weights.free)
             self._hold_small()
         except BaseException:
@@ -85,7 +83,7 @@ class CudaSession(Session):
             raise
 
     def _cache_bytes(self, rows: int) -> int:
-        return 2 * self.checkpoint.num_layers * rows * self.room * self.sizes.hidden * 2
+        return 2 * self.checkpoint.num_layers * rows * self._room * self.sizes.hidden * 2
 
     def _hold(self, sizes: Mapping[str, int], what: str) -> tuple[cuda.DeviceMemory, dict[str, cuda.Buffer]]:
         memory = cuda.DeviceMemory(sum(map(cuda.aligned, sizes.values())), what)
@@ -143,18 +141,6 @@ class CudaSession(Session):
 
     # -- The cache
 
-    @property
-    def past(self) -> int:
-        """Tokens in the cache, padding counted."""
-        return self._past
-
-    def reset(self) -> None:
-        self._past = 0
-
-    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
-        shape = (0, batch, self.checkpoint.num_heads, self.checkpoint.head_size)
-        return {f"past_key_values.{name}": np.zeros(shape, self.dtype) for name in self._names}
-
     def _begin(self, batch: int, skip: np.ndarray) -> None:
         if batch > self._slots:
             self._forget_large()  # whose graphs know where the cache was
@@ -166,76 +152,58 @@ class CudaSession(Session):
 
     def _place(self, number: int, row: int = 0) -> int:
         """Where the keys or values of a layer lie, (slots, room, heads, d), and those of a row."""
-        return int(self._cache.address) + (number * self._slots + row) * self.room * self.sizes.hidden * 2
+        return int(self._cache.address) + (number * self._slots + row) * self._room * self.sizes.hidden * 2
 
-    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """One call of forward with its past from the host; logits (batch, 1, vocabulary) of the last position."""
-        call = {name: np.asarray(value) for name, value in flat.items()}
-        past = [call[f"past_key_values.{name}"].swapaxes(0, 1) for name in self._names]
-        self.reset()
-        batch, length = past[0].shape[:2]
-        if length:
-            self._begin(batch, read_mask(call, length)[0])
-            for number, array in enumerate(past):
-                for row, skip in enumerate(self._skip):
-                    given = np.ascontiguousarray(array[row, skip:], self.dtype)
-                    cuda.Buffer(self._place(number, row), given.nbytes).fill(given, self.stream)
-            self._past = length
-        logits = self.step(call)
-        shape = (batch, self._past, self.checkpoint.num_heads, self.checkpoint.head_size)
+    def _write(self, rows: list[np.ndarray]) -> None:
+        for number, array in enumerate(rows):
+            for row, skip in enumerate(self._skip):
+                given = np.ascontiguousarray(array[row, skip:], self.dtype)
+                cuda.Buffer(self._place(number, row), given.nbytes).fill(given, self.stream)
+
+    def _read(self) -> list[np.ndarray]:
+        shape = (self._batch, self._past, self.checkpoint.num_heads, self.checkpoint.head_size)
         arrays = [np.zeros(shape, self.dtype) for _ in self._names]
         for number, array in enumerate(arrays):
             for row, skip in enumerate(self._skip):
                 tokens = array[row, skip:].reshape(1, -1)
                 cuda.read_rows(tokens, self._place(number, row), tokens.nbytes, self.stream)
-        self.reset()
-        presents = {f"present.{name}": array.swapaxes(0, 1) for name, array in zip(self._names, arrays, strict=True)}
-        return {"logits": logits[:, None], **presents}
+        return arrays
 
     # -- Steps
 
-    def step(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
-        logits = self.enqueue(call)
+    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
+        places = self.enqueue(call, length)
         scores = np.empty((self._batch, self.checkpoint.vocab_size), np.float32)
-        for row, address in enumerate(logits):
+        for row, address in enumerate(places):
             cuda.read_rows(scores[row : row + 1], address, scores[row].nbytes, self.stream)
         return scores
 
-    def enqueue(self, call: Mapping[str, np.ndarray]) -> list[int]:
-        """Send the inputs of a step and run it, its rows put into the cache; waits for nothing.
+    def enqueue(self, call: Mapping[str, np.ndarray], length: int) -> list[int]:
+        """Send the inputs of a step of `length` tokens and run it, its rows put into the cache; waits for nothing.
 
-        Returns where the logits of each row lie: (vocabulary) fp32.
+        Returns the address of the logits of each row, (vocabulary) fp32. Raises WorkbookError for ids and positions
+        that the checkpoint does not have, which would be read from memory that is something else's.
         """
-        batch, length = call["input_ids"].shape
-        if self._past and batch != self._batch:
-            raise WorkbookError(f"the cache holds {self._batch} rows, the call has {batch}: reset the session first.")
-        if self._past + length > self.room:
-            raise WorkbookError(
-                f"{self._past} tokens in the cache and {length} new ones are more than the {self.room} that this "
-                "session holds: drop old rounds."
-            )
-        skip, context = read_mask(call, self._past)
-        if not self._past:
-            self._begin(batch, skip)
-        elif (skip != self._skip).any():
-            raise WorkbookError("the cache holds other padding than the call's mask hides: reset the session first.")
-        rows, last = self._rows_of(call, context)
+        for name, most in (("input_ids", self.checkpoint.vocab_size), ("position_ids", self.checkpoint.max_length)):
+            if call[name].min() < 0 or call[name].max() >= most:
+                raise WorkbookError(
+                    f"{name} goes from {call[name].min()} to {call[name].max()}; this checkpoint has 0 to {most - 1}."
+                )
+        rows, last = self._rows_of(call, self._look(call))
         self._past += length
-        after = rows[last]
-        after["block_position"] += 1
-        after["place"] += 1
-        after["end"] = after["place"] + 1
-        self._next = after
-        width = 4 * self.checkpoint.vocab_size
+        self._next = rows[last]
+        self._next["block_position"] += 1
+        self._next["place"] += 1
+        self._next["end"] = self._next["place"] + 1
         if len(rows) <= programs.ROWS:
             self._small["rows"].fill(rows, self.stream)
             self._one_kernel(len(rows))
-            self._tokens = [self._small["tokens"].address + 4 * int(at) for at in last]
-            return [self._small["logits"].address + width * int(at) for at in last]
-        self._prompt(rows, last)
-        large = self._large[1]
-        self._tokens = [large["tokens"].address + 4 * row for row in range(batch)]
-        return [large["logits"].address + width * row for row in range(batch)]
+            buffers, at = self._small, last
+        else:
+            self._prompt(rows, last)
+            buffers, at = self._large[1], np.arange(len(last))
+        self._tokens = [buffers["tokens"].address + 4 * int(row) for row in at]
+        return [buffers["logits"].address + 4 * self.checkpoint.vocab_size * int(row) for row in at]
 
     def _rows_of(self, call: Mapping[str, np.ndarray], context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A `Row` for each new token that is no padding, and which of them are the last of their chats."""
@@ -257,14 +225,14 @@ class CudaSession(Session):
             embedding=place[EMBEDDING], head=place[HEAD],
             norm=place[f"{FINAL}.weight"], norm_bias=place[f"{FINAL}.bias"],
             cache=self._cache.address, epoch=self._epoch, layer_count=self.checkpoint.num_layers, row_count=count,
-            slots=self._slots, room=self.room, vocabulary=self.checkpoint.vocab_size, blank=self._blank,
+            slots=self._slots, room=self._room, vocabulary=self.checkpoint.vocab_size, blank=self._blank,
             epsilon=self.checkpoint.config.get("layernorm_epsilon", 1e-5), alpha=ALPHA, **small,
         )  # fmt: skip
         self.card.step(step, self.stream)
         self._epoch = (self._epoch + self.card.barriers(self.checkpoint.num_layers)) % 2**32
 
     def _prompt(self, rows: np.ndarray, last: np.ndarray) -> None:
-        """Rows of prompts, those of a slot behind one another."""
+        """Rows of prompts, those of a slot in order."""
         large = self._hold_large(len(rows), len(last))
         starts = np.concatenate([[0], last + 1])
         tiles = np.array(
@@ -311,14 +279,14 @@ class CudaSession(Session):
                 own["qkv_bias"],
                 stream,
             )
-            turned = at["qkv"], cos, sin, at["rows"], at["query"], keys, values, self.room
+            turned = at["qkv"], cos, sin, at["rows"], at["query"], keys, values, self._room
             self.card.launch("rotate", (tokens, 1), 256, 0, turned, stream)
             read = at["query"], keys, values, at["rows"]
             if tiles is None:
                 shared = 16 * (size.head + 2)
-                self.card.launch("attend_rows", (tokens, size.heads), 128, shared, (*read, at["x"], self.room), stream)
+                self.card.launch("attend_rows", (tokens, size.heads), 128, shared, (*read, at["x"], self._room), stream)
             else:
-                tiled = *read, at["tiles"], at["x"], self.room
+                tiled = *read, at["tiles"], at["x"], self._room
                 self.card.launch("attend_tiles", (tiles, size.heads), 128, self.card.tile_bytes, tiled, stream)
             multiply(Kind(size.hidden, size.hidden, sums=True), tokens, at["x"], own["dense"], at["hidden"], 0, stream)
             normalize(prefix + "post_attention_layernorm", own["down_bias"])
@@ -387,7 +355,7 @@ class CudaSession(Session):
         asked = given = 0
         try:
             while True:
-                while asked < given + AHEAD and self._past < self.room:
+                while asked < given + AHEAD and self._past < self._room:
                     self.decode()
                     tokens.receive(asked % AHEAD, source, self.stream)
                     cuda.mark(events[asked % AHEAD], self.stream)

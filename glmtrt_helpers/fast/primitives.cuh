@@ -24,7 +24,6 @@ DEVICE int thread_id() { // volatile: what follows from it is worked out where i
   return id;
 }
 DEVICE unsigned block_id(int axis = 0) { return axis == 0 ? blockIdx.x : axis == 1 ? blockIdx.y : blockIdx.z; }
-DEVICE unsigned block_count() { return gridDim.x; }
 DEVICE byte_t *shared_memory() {
   extern __shared__ __align__(128) byte_t memory[];
   return memory;

@@ -10,6 +10,8 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.cuda import DeviceMemory
 
@@ -45,11 +47,8 @@ class Products:
 
     def __init__(self) -> None:
         try:
-            from cuda.pathfinder import load_nvidia_dynamic_lib
-
-            found = load_nvidia_dynamic_lib("cublasLt").abs_path
-            self._library = ctypes.CDLL(found)
-        except Exception as error:  # the finder's own kinds, which are no part of its interface
+            self._library = ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
+        except (DynamicLibNotFoundError, OSError) as error:
             raise WorkbookError(
                 f"cuBLASLt is missing, which prompts need on this backend ({str(error).splitlines()[0]}): pip install "
                 "nvidia-cublas."

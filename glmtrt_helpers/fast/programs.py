@@ -74,11 +74,16 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
 
 
 def defines(sizes: Sizes, blocks: int, shared: int) -> dict[str, int]:
-    """What decoder.cu is compiled with: blocks: multiprocessors of the card; shared: bytes of shared memory of each."""
-    stages = min((shared - sizes.rest) // sizes.stage, ENOUGH_STAGES)
-    named = {"HIDDEN": sizes.hidden, "HEADS": sizes.heads, "INNER": sizes.inner, "WARPS": sizes.warps}
+    """What decoder.cu is compiled with. blocks: multiprocessors of the card; shared: bytes of shared memory of each."""
     # What is kept of the last matrix of a layer grows as the blocks get fewer.
     rest = sizes.rest + 256 * -(-sizes.hidden // 8 // blocks)
+    stages = min((shared - rest) // sizes.stage, ENOUGH_STAGES)
+    if stages < 2:
+        raise WorkbookError(
+            f"the one-kernel engine needs {rest + 2 * sizes.stage:,} bytes of shared memory for a block of this "
+            f"checkpoint, and this GPU has {shared:,}: take another backend."
+        )
+    named = {"HIDDEN": sizes.hidden, "HEADS": sizes.heads, "INNER": sizes.inner, "WARPS": sizes.warps}
     return named | {"UNIT": sizes.unit, "STAGES": stages, "BLOCKS": blocks, "RESERVED": rest}
 
 

@@ -18,7 +18,7 @@ from glmtrt_helpers.sessions.onnxruntime import OrtSession
 PARTS = ("first", "middle", "last", "attention")  # of `fast`, each a graph and an engine
 BIAS = "transformer.layers.{}.attention.query_key_value.bias"  # which the kernel adds
 VOCABULARY = ("transformer.word_embeddings.weight", "lm_head.weight")
-_STORED: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
+STORED: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 
 
 def part_path(checkpoint: Checkpoint, dtype: str, part: str, suffix: str = "onnx") -> Path:
@@ -43,7 +43,7 @@ def weight_names(inputs: Iterable[str], layer: int) -> dict[str, str]:
 def read_weight(checkpoint: Checkpoint, name: str, dtype: np.dtype) -> np.ndarray:
     """A weight as dtype; one that is stored so is a view of the mapped shard, not a copy."""
     stored = checkpoint.tensors[name]
-    array: np.ndarray = np.memmap(stored.file, _STORED[stored.dtype], "r", stored.offset or 0, stored.shape)
+    array: np.ndarray = np.memmap(stored.file, STORED[stored.dtype], "r", stored.offset or 0, stored.shape)
     if stored.dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(dtype, copy=False)
@@ -135,7 +135,7 @@ class FastSession(Session):
         if self._past + length > self.limits.total:
             raise WorkbookError(
                 f"{self._past} tokens in the cache and {length} new ones are more than the {self.limits.total} that "
-                "this session holds: drop old rounds, or build with a larger --past."
+                "this session holds: drop old rounds, or open a session that holds more."
             )
         return self._execute(call, length)
 

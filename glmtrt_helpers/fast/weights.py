@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import local
-from typing import Any
 
 import numpy as np
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, shares_vocabulary
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines import cuda
+from glmtrt_helpers.fast.session import STORED
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 READERS = 6  # threads, each with a piece of page-locked memory and a stream of its own
 PIECE = 32 * 2**20  # bytes
-_STORED: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 
 
 def layer_weights(layer: int) -> dict[str, str]:
@@ -39,26 +39,28 @@ def rotary_tables(positions: int, head_size: int) -> tuple[np.ndarray, np.ndarra
     return np.cos(angles).astype(np.float16), np.sin(angles).astype(np.float16)
 
 
-class Weights:
-    """All weights in fp16 in one piece of the GPU's memory. places: their addresses by name in the state dict.
+def weight_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of every weight in fp16, by name in the state dict.
 
-    A vocabulary matrix that is stored twice, as the embedding and for the scores, is held once.
+    A vocabulary matrix that is stored twice, as the embedding and for the scores, is there once.
     """
+    if not checkpoint.is_safetensors:
+        raise WorkbookError(
+            f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working "
+            "copy with `glmtrt copy`, and let `glmtrt export` convert it."
+        )
+    names = [name for layer in range(checkpoint.num_layers) for name in layer_weights(layer).values()]
+    names += [EMBEDDING, "transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
+    if not shares_vocabulary(checkpoint) or not _equal(checkpoint, EMBEDDING, HEAD):
+        names.append(HEAD)
+    return {name: 2 * math.prod(checkpoint.tensors[name].shape) for name in names}
 
-    def __init__(self, checkpoint: Checkpoint):
-        stored = checkpoint.tensors
-        names = [name for layer in range(checkpoint.num_layers) for name in layer_weights(layer).values()]
-        names += [EMBEDDING, "transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
-        if not checkpoint.is_safetensors:
-            raise WorkbookError(
-                f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working "
-                "copy with `glmtrt copy`, and let `glmtrt export` convert it."
-            )
-        if not shares_vocabulary(checkpoint) or not _equal(checkpoint, EMBEDDING, HEAD):
-            names.append(HEAD)
-        sizes = {name: 2 * math.prod(stored[name].shape) for name in names}
-        self.nbytes = sum(map(cuda.aligned, sizes.values()))
-        self._memory = cuda.DeviceMemory(self.nbytes, "the weights")
+
+class Weights:
+    """All weights in fp16 in one piece of the GPU's memory. places: their addresses by name in the state dict."""
+
+    def __init__(self, checkpoint: Checkpoint, sizes: Mapping[str, int]):
+        self._memory = cuda.DeviceMemory(sum(map(cuda.aligned, sizes.values())), "the weights")
         buffers = self._memory.divide(sizes)
         try:
             _fill(checkpoint, buffers)
@@ -75,7 +77,7 @@ class Weights:
 def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     """Whether two tensors that are stored alike have the same bytes."""
     one, other = checkpoint.tensors[first], checkpoint.tensors[second]
-    count = math.prod(one.shape) * _STORED[one.dtype].itemsize
+    count = math.prod(one.shape) * STORED[one.dtype].itemsize
     views = [np.memmap(tensor.file, np.uint8, "r", tensor.offset or 0, count) for tensor in (one, other)]
 
     def same(at: int) -> bool:
@@ -95,17 +97,15 @@ def _fill(checkpoint: Checkpoint, buffers: dict[str, cuda.Buffer]) -> None:
             mine.pinned, mine.stream = cuda.Pinned((PIECE,), "uint8"), cuda.new_stream()
             made.append((mine.pinned, mine.stream))
         count = min(PIECE, buffer.nbytes - at)  # of fp16
-        width = _STORED[tensor.dtype].itemsize
+        width = STORED[tensor.dtype].itemsize
         if tensor.dtype == "F16":
             with Path(tensor.file).open("rb", buffering=0) as file:
-                if (
-                    os.preadv(file.fileno(), [memoryview(mine.pinned.array)[:count]], (tensor.offset or 0) + at)
-                    != count
-                ):
+                target = memoryview(mine.pinned.array)[:count]
+                if os.preadv(file.fileno(), [target], (tensor.offset or 0) + at) != count:
                     raise WorkbookError(f"{tensor.file} ends within {name}: download or copy it again.")
         else:
             raw = np.memmap(
-                tensor.file, _STORED[tensor.dtype], "r", (tensor.offset or 0) + at // 2 * width, (count // 2,)
+                tensor.file, STORED[tensor.dtype], "r", (tensor.offset or 0) + at // 2 * width, (count // 2,)
             )
             wide = (raw.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else raw
             mine.pinned.array[:count].view(np.float16)[:] = wide

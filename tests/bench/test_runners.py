@@ -31,7 +31,7 @@ def test_step_inputs_are_those_of_a_chat(_random_master: Path) -> None:
 def test_runners_on_a_cpu(tmp_path: Path, name: str) -> None:
     checkpoint = exported_copy(tmp_path)
     made = runners.runners(checkpoint, "fp16")
-    assert list(made) == ["torch-eager", "torch-graph", "ort-cpu", "classical", "fast"]
+    assert list(made) == ["torch-eager", "torch-graph", "torch-compile", "ort-cpu", "classical", "fast", "cuda"]
     runner = made[name]()
     assert runner.name == name and runner.gpu_bytes is None
     for batch, length, past in ((1, 1, 20), (2, 9, 0)):
@@ -56,7 +56,8 @@ def test_a_source_that_fails_while_it_is_measured_is_one_sentence(tiny_random: P
 
 def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
     made = runners.runners(exported_copy(tmp_path), "fp16")
-    for name, says in (("torch-graph", "CUDA graphs need"), ("classical", "is missing"), ("fast", "--fast")):
+    needs = {"torch-graph": "CUDA graphs need", "torch-compile": "CUDA graphs need", "classical": "is missing"}
+    for name, says in (needs | {"fast": "--fast", "cuda": "the one-kernel engine"}).items():
         with pytest.raises(WorkbookError, match=says):
             made[name]()
 

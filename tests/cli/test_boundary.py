@@ -209,6 +209,7 @@ def test_what_it_meets_early_is_one_sentence(
             file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("name", WRITING)
 def test_interrupted_before_its_first_file_is_whole_it_leaves_none(

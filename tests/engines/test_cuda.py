@@ -11,7 +11,7 @@ from glmtrt_helpers.engines import cuda
 
 
 def test_a_failed_call_is_one_sentence() -> None:
-    with pytest.raises(WorkbookError, match=r"not enough memory to hold the cache.*build the engine with smaller"):
+    with pytest.raises(WorkbookError, match=r"not enough memory to hold the cache.*take fewer rows or tokens"):
         cuda.check((cudart.cudaError_t.cudaErrorMemoryAllocation, 0), "hold the cache")
     with pytest.raises(WorkbookError, match=r"CUDA could not copy an input: .*\(cudaErrorInvalidValue\)"):
         cuda.check((cudart.cudaError_t.cudaErrorInvalidValue,), "copy an input")

@@ -1,5 +1,5 @@
 // primitives.cuh for a host: every thread of every block is a thread of the system, barriers are barriers, and a copy into
-// shared memory is made by the thread that asks for it, a while later where `delay` says so.
+// shared memory is made by the threads that ask for it.
 #include <atomic>
 #include <barrier>
 #include <cmath>
@@ -38,11 +38,9 @@ struct Block {
 };
 static thread_local unsigned own_thread, own_block[3];
 static thread_local Block *block;
-static unsigned blocks_of_grid;
 
 inline int thread_id() { return own_thread; }
 inline unsigned block_id(int axis = 0) { return own_block[axis]; }
-inline unsigned block_count() { return blocks_of_grid; }
 inline byte_t *shared_memory() { return block->memory.data(); }
 inline Warp &warp() { return *block->warps[own_thread / 32]; }
 inline float to_float(half_t x) {
@@ -144,7 +142,6 @@ inline void load_transposed(unsigned (&b)[4], const byte_t *tile, int pitch) {
 template <class F> void run_grid(unsigned blocks, int threads, int workers, size_t bytes, F kernel) {
   std::vector<std::unique_ptr<Block>> all;
   std::vector<std::thread> running;
-  blocks_of_grid = blocks;
   for (unsigned b = 0; b < blocks; b++) all.push_back(std::make_unique<Block>(bytes, threads, workers));
   for (unsigned b = 0; b < blocks; b++)
     for (int t = 0; t < threads; t++)
@@ -153,17 +150,4 @@ template <class F> void run_grid(unsigned blocks, int threads, int workers, size
         kernel();
       });
   for (auto &thread : running) thread.join();
-}
-template <class F> void run_blocks(unsigned columns, unsigned rows, int threads, size_t bytes, F kernel) {
-  for (unsigned y = 0; y < rows; y++)
-    for (unsigned x = 0; x < columns; x++) {
-      Block one(bytes, threads, threads);
-      std::vector<std::thread> running;
-      for (int t = 0; t < threads; t++)
-        running.emplace_back([&, t] {
-          own_thread = t, own_block[0] = x, own_block[1] = y, block = &one;
-          kernel();
-        });
-      for (auto &thread : running) thread.join();
-    }
 }

@@ -13,9 +13,10 @@ import torch
 
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.loading import load_bounded
+from glmtrt_helpers.checkpoints.remote_code import inv_freq
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.fast import programs
+from glmtrt_helpers.fast import products, programs
 from glmtrt_helpers.fast.cuda_session import CudaSession
 from glmtrt_helpers.fast.weights import rotary_tables
 from glmtrt_helpers.inputs import positions_and_mask
@@ -109,7 +110,9 @@ def normed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
 Run = Callable[..., tuple[dict[str, np.ndarray], np.ndarray]]
 
 
-@pytest.fixture(scope="module", params=[(128, 2), (256, 3)], ids=["one unit a row", "two"])
+@pytest.fixture(
+    scope="module", params=[(128, 2), pytest.param((256, 3), marks=pytest.mark.slow)], ids=["one unit a row", "two"]
+)
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Run]:
     """The program for so many columns, on so many blocks, as a function of the rows."""
     compiler = shutil.which("g++")
@@ -117,7 +120,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("g++ is missing")
     hidden, blocks = request.param
     sizes = programs.Sizes(hidden, heads=4, inner=4 * hidden, warps=4, unit=128)
-    options = programs.defines(sizes, blocks, shared=sizes.rest + 3 * sizes.stage)
+    options = programs.defines(sizes, blocks, shared=sizes.rest + 256 * -(-hidden // 8 // blocks) + 3 * sizes.stage)
     assert options["STAGES"] == 3
     target = tmp_path_factory.mktemp("decoder") / "decoder.so"
     command = [
@@ -273,3 +276,26 @@ def test_the_trained_answers_on_the_gpu(tiny_run: Path, bulk: bool | None) -> No
                 call = positions_and_mask.decode(call, expected.argmax(axis=-1))
     finally:
         session.close()
+
+
+def test_too_little_shared_memory_is_told() -> None:
+    with pytest.raises(
+        WorkbookError, match=r"needs 81,216 bytes of shared memory .* and this GPU has 65,536: take another"
+    ):
+        programs.defines(FULL, 40, 65536)
+
+
+def test_without_cublaslt_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise products.DynamicLibNotFoundError(f"no {name}")
+
+    monkeypatch.setattr(products, "load_nvidia_dynamic_lib", missing)
+    with pytest.raises(WorkbookError, match=r"cuBLASLt is missing, .*\(no cublasLt\): pip install nvidia-cublas"):
+        products.Products()
+
+
+def test_rotary_tables_are_upstreams() -> None:
+    """PyTorch's fp16 numbers, up to one rounding of cos and sin."""
+    angles = torch.outer(torch.arange(2048, dtype=torch.float16), inv_freq(64))
+    for table, expected in zip(rotary_tables(2048, 128), (angles.cos(), angles.sin()), strict=True):
+        assert np.allclose(table, expected.numpy(), rtol=2**-10, atol=2**-14)
