@@ -25,7 +25,7 @@ from glmtrt_helpers.fast.session import FastSession
 from glmtrt_helpers.fast.weights import EMBEDDING, HEAD, Weights, layer_weights, rotary_tables, weight_sizes
 from glmtrt_helpers.sessions.base import Limits
 
-AHEAD = 4  # steps that may run before the token of the first is read; so many are wasted where an answer ends
+AHEAD = 4  # steps that may run before the token of the first is read; that number is wasted where an answer ends
 ALPHA = math.sqrt(2 * 28)  # of the residual: upstream's own default, which does not follow the number of layers
 FINAL = "transformer.final_layernorm"
 
@@ -110,7 +110,7 @@ class CudaSession(FastSession):
             self._small[name].fill(array, self.stream)
 
     def _hold_large(self, tokens: int, rows: int) -> dict[str, cuda.Buffer]:
-        """What a prompt of so many tokens, in so many rows, reads and writes."""
+        """What a prompt reads and writes. tokens: of all its rows together."""
         if self._products is None:
             self._products = Products()
             self._closers.append(self._products.close)
@@ -307,7 +307,7 @@ class CudaSession(FastSession):
     # -- The loop without the host
 
     def pretend(self, batch: int, past: int) -> None:
-        """Take what lies in the cache for so many tokens of so many rows: for measuring."""
+        """Take what lies in the cache for `past` tokens of each of `batch` rows: for measuring."""
         self._begin(batch, np.zeros(batch, np.int64))
         self._past, self._next = past, np.zeros(batch, programs.ROW)
         self._next["slot"], self._next["place"], self._next["end"] = np.arange(batch), past, past + 1

@@ -10,7 +10,7 @@
 // Grid barriers stand where all of a result is needed: five a layer.
 //
 // Compiled with -D for HIDDEN, HEADS, INNER, WARPS (that multiply), UNIT (columns of a stage), STAGES, BLOCKS, RESERVED
-// (bytes of shared memory behind the stages), and BULK where the card has it.
+// (bytes of shared memory after the stages), and BULK where the card has it.
 
 #define THREADS (32 * WARPS)
 #define PITCH (2 * UNIT + 64)       // bytes from row to row of a stage: rows that are read at once lie in other banks
@@ -76,7 +76,7 @@ template <bool ROTARY> DEVICE int row_of(int group, int j) {
   const int half = group / (SIZE / 16), four = group % (SIZE / 16); // SIZE / 16 groups for half a head
   return half * (SIZE / 2) + 4 * four + j % 4 + (j < 4 ? 0 : SIZE / 4);
 }
-// The first group of a matrix that is this block's. The groups of a layer's four matrices, and those of the scores behind the
+// The first group of a matrix that is this block's. The groups of a layer's four matrices, and those of the scores after the
 // last layer, are dealt one after the other.
 enum Matrix { QKV = 0, DENSE = 3 * HIDDEN / 8, UP = 4 * HIDDEN / 8, DOWN = (4 * HIDDEN + INNER) / 8, ALL = (5 * HIDDEN + INNER) / 8 };
 DEVICE int first_of(int layer, Matrix matrix) { return (int)((block_id() + BLOCKS - (layer * ALL + matrix) % BLOCKS) % BLOCKS); }

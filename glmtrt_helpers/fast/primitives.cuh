@@ -86,7 +86,7 @@ DEVICE void barrier_init_done() {
 #endif
 }
 // What the caller's warp has read from shared memory is read: the copy engine may write there. Without the fence a load that
-// waits behind others is overtaken by the arrival, and finds what was copied since (seen on an H100: 1 sum in 1,000 wrong).
+// waits in a queue is overtaken by the arrival, and finds what was copied since (seen on an H100: sums off by a thousandth).
 DEVICE void reads_done() {
 #ifdef BULK
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -74,8 +74,10 @@ class Products:
             raise WorkbookError(f"{name} of cuBLASLt failed with status {status}; see `glmtrt doctor`.")
 
     def _plan(self, kind: Kind, rows: int) -> tuple[Any, ...]:
-        """Descriptors and the algorithm for so many rows. The library counts matrices by columns: there the product is
-        its own transpose, weights^T x."""
+        """Descriptors and the algorithm for this number of rows.
+
+        The library stores matrices by columns: there the product is its own transpose, weights^T x.
+        """
         key = kind, rows
         if key not in self._plans:
             result = _F32 if kind.sums or kind.fresh else _F16

@@ -26,7 +26,7 @@ ROWS = 8  # that one kernel takes at most
 PIECES = 4  # decoder.cu's
 TILE = 64  # prompt.cu's
 OLDEST = (8, 0)  # mbarrier and cp.async
-ENOUGH_STAGES = 5  # of the ring: with more, attention waits behind what was asked for ahead
+ENOUGH_STAGES = 5  # of the ring: with more, attention waits for the weights that were asked for ahead
 
 
 @dataclass(frozen=True)

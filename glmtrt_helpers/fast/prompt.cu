@@ -89,7 +89,7 @@ KERNEL void __launch_bounds__(WIDE)
   }
 }
 
-// Attention of up to TILE rows of one slot that stand one behind the other. tiles: of each its first row and their number.
+// Attention of up to TILE successive rows of one slot. tiles: of each its first row and their number.
 // Grid (tiles, HEADS), 128 threads. seen: (rows, HIDDEN).
 KERNEL void __launch_bounds__(128)
     attend_tiles(const half_t *query, const half_t *keys, const half_t *values, const Row *rows, const int *tiles, half_t *seen, int room) {

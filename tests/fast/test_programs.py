@@ -114,7 +114,7 @@ Run = Callable[..., tuple[dict[str, np.ndarray], np.ndarray]]
     scope="module", params=[(128, 2), pytest.param((256, 3), marks=pytest.mark.slow)], ids=["one unit a row", "two"]
 )
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Run]:
-    """The program for so many columns, on so many blocks, as a function of the rows."""
+    """The program for a size, on a number of blocks, as a function of the rows."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is missing")
