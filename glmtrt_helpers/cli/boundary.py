@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -31,6 +32,9 @@ def main() -> NoReturn:
         code = _run(sys.argv[1:])
         sys.stdout.flush()  # here a full disk or a closed pipe can still be told
     except BaseException as error:
+        # What was interrupted while it was made, such as an event loop, complains when it is deleted: that is no news.
+        sys.unraisablehook = lambda _: None
+        warnings.simplefilter("ignore")
         code = _end(error)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)  # it has ended

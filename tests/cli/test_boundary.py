@@ -4,6 +4,7 @@ The commands are asked of the program: one that is new fails here until CALLS sa
 """
 
 import errno
+import gc
 import inspect
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +116,28 @@ class Ended:
 
 
 @pytest.fixture
-def end(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """`boundary.main` in this process, and its code; what it changes for the end of a process is put back."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def run() -> int:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+        try:
+            with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+                boundary.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return run
+
+
+@pytest.fixture
+def end(
+    folder: Path, main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
     """Call a command by its name, or with other arguments, and see how it ends."""
 
     def run(name: str, arguments: str | None = None, *, where: Path = folder) -> Ended:
@@ -122,16 +145,8 @@ def end(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
         filled = arguments.replace("DIR", str(where / "chatglm_random")).replace("FOLDER", str(where))
         monkeypatch.setattr(sys, "argv", ["glmtrt", *name.split(), *filled.split()])
         capfd.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-        try:
-            with pytest.raises(SystemExit) as ended:
-                boundary.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        code = main()
         lines = capfd.readouterr().err.splitlines()
-        code = ended.value.code
-        assert isinstance(code, int)
         return Ended(code, [line for line in lines if line.strip() and not line.endswith("is downloaded.")])
 
     return run
@@ -413,3 +428,24 @@ def test_signals_while_it_works(tmp_path: Path, name: str, number: signal.Signal
         assert process.returncode in (128 + number, 130, -number), (process.returncode, errors)
         assert "Traceback" not in errors and not list(tmp_path.rglob(".*.tmp")), errors
         assert before.items() <= contents(tmp_path).items()
+
+
+def test_what_was_half_made_when_a_signal_came_is_not_told(
+    main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As asyncio's event loop, whose `__del__` fails where its `__init__` was interrupted."""
+
+    class HalfMade:
+        def __init__(self) -> None:
+            raise SystemExit(boundary.TERMINATED)
+
+        def __del__(self) -> None:
+            print(self.never_set)  # type: ignore[attr-defined]
+
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(boundary, "_run", lambda arguments: HalfMade())
+    assert main() == boundary.TERMINATED
+    gc.collect()
+    assert not told
+    assert capsys.readouterr().err.startswith("glmtrt: terminated; ")
