@@ -39,8 +39,8 @@ DEVICE void look(const half_t *keys, const half_t *values, const Quad (&query)[2
     float score[AT_ONCE], top = most;
     UNROLL for (int i = 0; i < AT_ONCE; i++) { // what does not exist is read as the last, and not counted
       const int token = from + i * AT_A_TIME < end ? from + i * AT_A_TIME : end - 1;
-      k[i] = fresh((const Vec *)(keys + (long long)token * HIDDEN) + lane);
-      v[i] = fresh((const Vec *)(values + (long long)token * HIDDEN) + lane);
+      k[i] = fresh_once((const Vec *)(keys + (long long)token * HIDDEN) + lane);
+      v[i] = fresh_once((const Vec *)(values + (long long)token * HIDDEN) + lane);
     }
     UNROLL for (int i = 0; i < AT_ONCE; i++) {
       float s = 0;

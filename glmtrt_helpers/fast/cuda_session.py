@@ -284,7 +284,7 @@ class CudaSession(FastSession):
             read = at["query"], keys, values, at["rows"]
             if tiles is None:
                 shared = 16 * (size.head + 2)
-                self.card.launch("attend_rows", (tokens, size.heads), 128, shared, (*read, at["x"], self._room), stream)
+                self.card.launch("attend_rows", (size.heads, tokens), 128, shared, (*read, at["x"], self._room), stream)
             else:
                 tiled = *read, at["tiles"], at["x"], self._room
                 self.card.launch("attend_tiles", (tiles, size.heads), 128, self.card.tile_bytes, tiled, stream)

@@ -59,6 +59,21 @@ DEVICE Vec fresh(const Vec *p) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+// What is read once a step, and would push out of the second-level cache what is read again: it is the first to go there.
+DEVICE unsigned long long read_once() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+DEVICE Vec fresh_once(const Vec *p) {
+  Vec v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p), "l"(read_once())
+               : "memory");
+  return v;
+}
+
 DEVICE float swap_with(float x, int other) { return __shfl_xor_sync(~0u, x, other); } // the lane whose number differs so
 DEVICE int swap_with(int x, int other) { return __shfl_xor_sync(~0u, x, other); }
 DEVICE unsigned from_lane(unsigned x, int lane) { return __shfl_sync(~0u, x, lane); }
@@ -119,15 +134,16 @@ template <class F> DEVICE void copy_stage(byte_t *stage, int bytes, int pitch, u
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(full)), "r"(8 * bytes) : "memory");
   __syncwarp();
   if (lane < 8)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      address(stage + lane * pitch)),
-                 "l"(row(lane)), "r"(bytes), "r"(address(full))
+                 "l"(row(lane)), "r"(bytes), "r"(address(full)), "l"(read_once())
                  : "memory");
 #else
   for (int j = 0; j < 8; j++) {
     const byte_t *source = (const byte_t *)row(j);
     for (int at = 16 * lane; at < bytes; at += 512)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(stage + j * pitch + at)), "l"(source + at)
+      asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address(stage + j * pitch + at)),
+                   "l"(source + at), "l"(read_once())
                    : "memory");
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address(full)) : "memory");

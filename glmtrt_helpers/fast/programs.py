@@ -26,7 +26,7 @@ ROWS = 8  # that one kernel takes at most
 PIECES = 4  # decoder.cu's
 TILE = 64  # prompt.cu's
 OLDEST = (8, 0)  # mbarrier and cp.async
-ENOUGH_STAGES = 5  # of the ring: with more, attention waits for the weights that were asked for ahead
+ENOUGH_STAGES = 7  # of the ring: with more, blocks that are ahead take the memory from those that are behind
 
 
 @dataclass(frozen=True)

@@ -157,16 +157,17 @@ KERNEL void __launch_bounds__(128)
   }
 }
 
-// Attention of rows of different slots. Grid (rows, HEADS), 128 threads.
-KERNEL void __launch_bounds__(128)
+// Attention of rows of different slots. Grid (HEADS, rows), 128 threads: what runs at once reads whole tokens of the cache,
+// which lie side by side, and registers are for 8 blocks of a multiprocessor.
+KERNEL void __launch_bounds__(128, 8)
     attend_rows(const half_t *query, const half_t *keys, const half_t *values, const Row *rows, half_t *seen, int room) {
-  const int lane = thread_id() % 32, warp = thread_id() / 32, head = block_id(1);
-  const long long at = (long long)block_id() * HIDDEN + head * SIZE, slot = (long long)rows[block_id()].slot * room * HIDDEN + head * SIZE;
+  const int lane = thread_id() % 32, warp = thread_id() / 32, head = block_id();
+  const long long at = (long long)block_id(1) * HIDDEN + head * SIZE, slot = (long long)rows[block_id(1)].slot * room * HIDDEN + head * SIZE;
   const Vec from = *(const Vec *)(query + at + lane % LANES * 8);
   Quad scaled[2];
   UNROLL for (int n = 0; n < 8; n++) scaled[n / 4].f[n % 4] = SCALE * (n % 2 ? high(from.w[n / 2]) : low(from.w[n / 2]));
   float most, sum, mine[8], *all = (float *)shared_memory();
-  look<128>(keys + slot, values + slot, scaled, 0, rows[block_id()].end, most, sum, mine);
+  look<128>(keys + slot, values + slot, scaled, 0, rows[block_id(1)].end, most, sum, mine);
   if (lane < LANES) {
     UNROLL for (int n = 0; n < 8; n++) all[warp * (SIZE + 2) + lane * 8 + n] = mine[n];
     if (lane == 0) all[warp * (SIZE + 2) + SIZE] = most, all[warp * (SIZE + 2) + SIZE + 1] = sum;

@@ -60,6 +60,7 @@ inline unsigned pack(float lower, float upper) { return to_half(lower) | (unsign
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 template <class T> T fresh(const T *p) { return *p; }
+template <class T> T fresh_once(const T *p) { return *p; }
 
 inline unsigned from_lane(unsigned x, int lane) {
   warp().words[own_thread % 32] = x;
