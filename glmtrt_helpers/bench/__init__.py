@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "plot_roofline",
             "plot_usage",
         ],
-        "results": ["entry_names", "load", "read_json"],
+        "results": ["load", "read_json"],
         "roofline": ["bounds", "floor_ms"],
         "speed": ["measure"],
     },

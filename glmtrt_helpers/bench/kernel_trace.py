@@ -36,7 +36,7 @@ _LAYOUT = {"Resh", "Move", "Slic", "Tran", "Conc", "Cast", "Repl", "Etc", "Sele"
 _WORDS = {"mul": "multiply", "div": "divide", "eql": "compare"}
 _MATMULS = ("matmul", "gemm", "gemv", "nvjet", "cutlass", "splitkreduce")
 _ATTENTION = ("attend", "flash", "fmha", "attention", "mha_")
-_KINDS = {"matmul": "matmul", "attend": "attention", "attention": "attention", "softmax": "attention"}
+_KINDS = {"matmul": "matmul", "attention": "attention", "softmax": "attention"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def one_layer(step: Step) -> list[Kernel]:
     first, last = len(names) // 4, 3 * len(names) // 4
     for period in range(2, (last - first) // 2 + 1):
         if all(names[i] == names[i + period] for i in range(first, last - period)):
-            starts = [i for i in range(first, first + period) if names[i] == "attend"]
+            starts = [i for i in range(first, first + period) if names[i] == "attention"]
             start = starts[0] if starts else first
             return list(step.kernels[start : start + period])
     raise WorkbookError(f"the {len(names)} kernels of this step contain no repeated sequence that could be a layer.")
@@ -184,10 +184,10 @@ def kind_of(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """What a kernel does, in a word or a few: "matmul", "LayerNorm", "multiply, add", "copy"; "attend" is our own."""
+    """What a kernel does, in a word or a few: "matmul", "LayerNorm", "multiply, add", "copy"."""
     lower = name.lower()
     if any(word in lower for word in _ATTENTION):
-        return "attend" if re.fullmatch(r"\W*attend\W*", name) else "attention"
+        return "attention"
     if any(word in lower for word in _MATMULS):
         return "matmul"
     if lower.startswith(("memcpy", "memset")):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from glmtrt_helpers.bench import speed
 from glmtrt_helpers.bench.kernel_trace import Step, kind_of, layer_floor_us, one_layer, short_name
-from glmtrt_helpers.bench.results import Report, Row, entry_names
+from glmtrt_helpers.bench.results import Report, Row
 from glmtrt_helpers.bench.roofline import bounds, floor_ms
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core import display
@@ -25,13 +25,12 @@ LOOKS = {
     "ort-cuda": ("#cc79a7", "v"),
     "ort-cpu": ("#cc79a7", "v"),
     "classical": ("#56b4e9", "s"),
-    "fast": ("#d55e00", "D"),
     "torch-compile": ("#0072b2", "<"),
-    "cuda": ("#000000", "*"),
+    "cuda": ("#d55e00", "D"),
 }
 FLOOR = "#333333"
 READING, MATMULS = ("#2f4b6e", "#9ebcda"), "#e08214"
-COLOURS = {"matmul": READING[0], "attention": LOOKS["fast"][0], "the rest": READING[1]}  # kinds of kernels
+COLOURS = {"matmul": READING[0], "attention": LOOKS["cuda"][0], "the rest": READING[1]}  # kinds of kernels
 FAR = 4  # an engine slower than this many floors is only listed in the legend, or it would flatten the others
 
 
@@ -109,7 +108,7 @@ def plot_batches(checkpoint: Checkpoint, report: Report, about: str = "", past: 
 
 
 def plot_memory(report: Report, about: str = "") -> Figure:
-    """GPU memory of each engine, with the bytes of its weights. An engine's second entry is its build for batches."""
+    """GPU memory of each engine, with the bytes of its weights."""
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.35 * len(report.memory)), layout="constrained")
     names = [entry["engine"] for entry in report.memory]
     sizes = [entry["bytes"] / 1e9 for entry in report.memory]
@@ -118,7 +117,7 @@ def plot_memory(report: Report, about: str = "") -> Figure:
         _label(axis, f"{size:.2f}", size, row)
     weights = report.weights_bytes / 1e9
     axis.axvline(weights, color=FLOOR, linestyle=":", zorder=0.5, label=f"weights {weights:.2f}")
-    axis.set_yticks(range(len(names)), entry_names(report.memory))
+    axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1 * max([weights, *sizes]))
     axis.set_xlabel("GB on the GPU once it is open")

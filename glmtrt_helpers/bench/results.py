@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,6 @@ def load(path: Path) -> tuple[Report, str]:
         return report, about_run(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorkbookError(f"{path} is not a complete measurement ({error}): {again}.") from None
-
-
-def entry_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each entry of a report's memory or build; an engine's second entry is its build for batches."""
-    names = [entry["engine"] for entry in entries]
-    return [f"{name}, several rows" if name in names[:row] else name for row, name in enumerate(names)]
 
 
 def read_json(path: Path, again: str) -> Any:

@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 from torch._inductor import config as inductor
 
+from glmtrt_helpers.bench.static_decoder import StaticDecoder
 from glmtrt_helpers.chat import backends
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
@@ -28,17 +29,10 @@ from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.precisions import PRECISIONS
 from glmtrt_helpers.engines import cuda, plan_info
-from glmtrt_helpers.engines.profiles import find_profile
 from glmtrt_helpers.export import exporting
-from glmtrt_helpers.fast import backends as fast_backends
-from glmtrt_helpers.fast.cuda_session import CudaSession
-from glmtrt_helpers.fast.session import PARTS, part_path
-from glmtrt_helpers.fast.static_decoder import StaticDecoder
-from glmtrt_helpers.fast.tensorrt import FastTensorRTSession
 from glmtrt_helpers.inputs import positions_and_mask
 from glmtrt_helpers.inputs.examples import empty_past
 from glmtrt_helpers.inputs.names import forward_kwargs
-from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
 Step = Callable[[], object]
@@ -56,7 +50,6 @@ def runners(checkpoint: Checkpoint, dtype: str) -> dict[str, Callable[[], Runner
         "torch-compile": lambda: TorchCompile(checkpoint, dtype),
         f"ort-{ort_device}": lambda: Ort(checkpoint, dtype, ort_device),
         "classical": lambda: Engine(checkpoint, dtype),
-        "fast": lambda: FastEngine(checkpoint, dtype),
         "cuda": lambda: OneKernel(checkpoint, dtype),
     }
 
@@ -226,16 +219,16 @@ class Ort(Runner):
         gc.collect()
 
 
-class _OnTensorRT(Runner):
-    """Both kinds of engine, timed with CUDA events in the session's own stream. open: opens a session of a backend."""
+class _OnStream(Runner):
+    """A session that works in a CUDA stream of its own, timed with events in it. backend: as for `open_session`."""
 
+    backend: str
     session: Any
-    open: Callable[[Checkpoint, str, str], Session]
 
     def __init__(self, checkpoint: Checkpoint, dtype: str):
         self.checkpoint, self.dtype = checkpoint, dtype
         with self._loading(bool(tensorrt_package.gpus())):
-            self.session = self.open(checkpoint, "tensorrt", dtype)
+            self.session = backends.open_session(checkpoint, self.backend, dtype)
 
     def times(self, step: Step, count: int) -> list[float]:
         events = [cuda.new_event() for _ in range(count + 1)]
@@ -254,11 +247,10 @@ class _OnTensorRT(Runner):
         self.session.close()
 
 
-class Engine(_OnTensorRT):
+class Engine(_OnStream):
     """The engine of notebooks 05 and 06: takes past_key_values, returns present_key_values."""
 
-    name = "classical"
-    open = staticmethod(backends.open_session)
+    name, backend = "classical", "tensorrt"
 
     def plans(self) -> list[Path]:
         return [plan_info.plan_path(self.checkpoint, self.dtype)]
@@ -268,11 +260,10 @@ class Engine(_OnTensorRT):
         return lambda: self.session.enqueue(new, past)
 
 
-class FastEngine(_OnTensorRT):
-    """The fast engine of notebook 07; decode in its device-side loop, in a CUDA graph."""
+class OneKernel(_OnStream):
+    """The one-kernel engine of notebook 07; decode in its loop without the host."""
 
-    name = "fast"
-    open = staticmethod(fast_backends.open_session)
+    name = backend = "cuda"
     _cache = (1, 0)  # batch and past of the last step that was asked for
 
     def prepare(self) -> None:
@@ -282,36 +273,12 @@ class FastEngine(_OnTensorRT):
         room = self.session.limits.total - self._cache[1]  # each decode step leaves a token in the cache
         return super().times(step, min(count, room))
 
-    def plans(self) -> list[Path]:
-        return [part_path(self.checkpoint, self.dtype, part, "plan") for part in PARTS]
-
     def step(self, batch: int, length: int, past: int) -> Step:
-        session: FastTensorRTSession = self.session
-        find_profile(session.info.profiles, batch, length, past)
+        session = self.session
         self._cache = batch, past
         if past:
-            return session.decode
-        new = step_inputs(self.checkpoint, batch, length, past)
-        return lambda: session.enqueue(new, length)
-
-
-class OneKernel(FastEngine):
-    """The one-kernel engine: no engine files, any sizes."""
-
-    name = "cuda"
-
-    @staticmethod
-    def open(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> CudaSession:
-        return CudaSession.open(checkpoint, dtype)
-
-    def plans(self) -> list[Path]:
-        return []
-
-    def step(self, batch: int, length: int, past: int) -> Step:
-        session: CudaSession = self.session
-        self._cache = batch, past
-        if past:
-            return session.decode
+            decode: Step = session.decode
+            return decode
         new = step_inputs(self.checkpoint, batch, length, past)
 
         def run() -> object:

@@ -7,7 +7,7 @@ is measured in the same run. A prefill must do its matmuls; where they take long
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ SAMPLES, WARM_UP = 30, 5
 BACK_TO_BACK = 5  # decode steps enqueued at a time, as in a device-side decode loop; prompts run one at a time
 # On a CPU a step of a large model takes seconds: there a measurement ends once it has a few samples.
 SECONDS, FEWEST = 10.0, 3
-ENGINES = ("classical", "fast")  # runners whose engines are built for certain batches, and whose kernels are recorded
+RECORDED = ("torch-graph", "classical", "cuda")  # runners whose kernels are recorded
 TRACED = (("decode", 1, 512), ("decode", 1, 2000), ("decode", 64, 512), ("prefill", 1, 512))
 Size = tuple[str, int, int]  # phase, batch, past of a decode step or tokens of a prompt
 Progress = Callable[[str], None]
@@ -53,14 +53,12 @@ def measure(
     *,
     only: Sequence[str] = (),
     samples: int = SAMPLES,
-    batched: Checkpoint | None = None,
     traced: Sequence[Size] = (),
     progress: Progress = lambda phase: None,
 ) -> Report:
     """Measure every runner, or `only` those named, at every size that it takes; one is in memory at a time.
 
-    sizes: `default_sizes` if None. batched: a working copy whose engines are built for several rows, used for batches
-    above 1. traced: sizes at which the engines' kernels are recorded, too.
+    sizes: `default_sizes` if None. traced: sizes at which the kernels of `RECORDED` are recorded, too.
     """
     names = list(runners(checkpoint, dtype))
     unknown = sorted(set(only) - set(names))
@@ -71,29 +69,17 @@ def measure(
     free_torch()  # or what PyTorch keeps would be missing from the first runner's memory
     sizes = sizes or default_sizes(checkpoint)
     for name in [name for name in names if not only or name in only]:
-        for label, source, its_sizes in _rounds(name, checkpoint, batched, sizes):
-            progress(f"opening {name}")
-            try:
-                runner = runners(source, dtype)[name]()
-            except WorkbookError as error:
-                report.missing[label] = str(error)
-                continue
-            try:
-                _measure_one(checkpoint, runner, its_sizes, samples, traced, report, progress)
-            finally:
-                runner.close()
+        progress(f"opening {name}")
+        try:
+            runner = runners(checkpoint, dtype)[name]()
+        except WorkbookError as error:
+            report.missing[name] = str(error)
+            continue
+        try:
+            _measure_one(checkpoint, runner, sizes, samples, traced, report, progress)
+        finally:
+            runner.close()
     return report
-
-
-def _rounds(
-    name: str, checkpoint: Checkpoint, batched: Checkpoint | None, sizes: Sequence[Size]
-) -> Iterator[tuple[str, Checkpoint, list[Size]]]:
-    """(label, working copy, sizes) for each time that a runner is opened."""
-    if batched is None or name not in ENGINES:
-        yield name, checkpoint, list(sizes)
-        return
-    yield name, checkpoint, [size for size in sizes if size[1] == 1]
-    yield f"{name}, several rows", batched, [size for size in sizes if size[1] > 1]
 
 
 def measure_hardware() -> tuple[float, float]:
@@ -133,7 +119,7 @@ def _measure_one(
         try:
             step = runner.step(batch, length, past if is_decode else 0)
             times = sample(runner, step, samples, BACK_TO_BACK if is_decode else 1)
-            if (phase, batch, past) in traced and runner.name in ENGINES:
+            if (phase, batch, past) in traced and runner.name in RECORDED:
                 report.traces.append(_trace(runner, step, (phase, batch, past)))
         except WorkbookError as error:
             report.missing[f"{runner.name}, {title}"] = str(error)

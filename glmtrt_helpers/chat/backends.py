@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.identity import open_export
@@ -15,13 +14,14 @@ from glmtrt_helpers.inputs.names import input_names, output_names
 from glmtrt_helpers.sessions.base import Session
 from glmtrt_helpers.sessions.onnxruntime import OrtSession, plain_session
 
-BACKENDS = ("torch", "ort", "tensorrt")
+BACKENDS = ("torch", "ort", "tensorrt", "cuda")
 
 
 def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> Session:
     """The session of a backend by name.
 
-    torch runs the source with its weights in dtype, ort the exported graph of dtype, tensorrt its engine.
+    torch runs the source with its weights in dtype, ort the exported graph of dtype, tensorrt its engine; cuda, the
+    one-kernel engine of notebook 07, reads the shards.
     Raises WorkbookError for an unknown backend, and for a graph or an engine that is missing or out of date.
     """
     if backend == "torch":
@@ -43,43 +43,40 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> S
         from glmtrt_helpers.engines.session import TensorRTSession  # cuda-python
 
         return TensorRTSession.open(checkpoint, dtype)
+    if backend == "cuda":
+        from glmtrt_helpers.fast.cuda_session import CudaSession  # cuda-python
+
+        return CudaSession.open(checkpoint, dtype)
     raise WorkbookError(f"{backend!r} is not a backend of this workbook: choose {', '.join(BACKENDS)}.")
 
 
 def unavailable(checkpoint: Checkpoint, dtype: str = "fp16") -> dict[str, str]:
     """For every backend that cannot be opened here, the reason; without opening any."""
-    reasons = unavailable_files(checkpoint, [checkpoint.directory / f"model.{dtype}"])
+    from glmtrt_helpers.fast.cuda_session import CudaSession  # cuda-python
+
+    reasons = {}
+    model = checkpoint.directory / f"model.{dtype}"
+    checks: dict[str, Callable[[], object]] = {
+        "tensorrt": lambda: check_plan(checkpoint, model.with_name(f"{model.name}.plan")),
+        "ort": lambda: open_export(model.with_name(f"{model.name}.onnx")),
+        "cuda": lambda: CudaSession.check(checkpoint, dtype),
+    }
+    for backend, check in checks.items():
+        try:
+            check()
+        except WorkbookError as error:
+            reasons[backend] = str(error)
     if importlib.util.find_spec("torch") is None:
         reasons["torch"] = "PyTorch is not installed."
     return reasons
 
 
-def unavailable_files(checkpoint: Checkpoint, models: Sequence[Path]) -> dict[str, str]:
-    """Why ort and tensorrt cannot open these models, each the path of a graph and a plan without the suffix."""
-    reasons = {}
-    try:
-        for model in models:
-            check_plan(checkpoint, model.with_name(f"{model.name}.plan"))
-    except WorkbookError as error:
-        reasons["tensorrt"] = str(error)
-    try:
-        for model in models:
-            open_export(model.with_name(f"{model.name}.onnx"))
-    except WorkbookError as error:
-        reasons["ort"] = str(error)
-    return reasons
-
-
 def best_backend(checkpoint: Checkpoint, dtype: str = "fp16") -> tuple[str, str]:
-    """The fastest backend that can be opened here, and why TensorRT cannot, if it cannot."""
-    return first_available(checkpoint, unavailable(checkpoint, dtype))
-
-
-def first_available(checkpoint: Checkpoint, missing: Mapping[str, str]) -> tuple[str, str]:
-    """The fastest backend that is not in `missing`, and why TensorRT is, if it is."""
+    """The fastest backend that can be opened here, and, where it is on the CPU, why TensorRT cannot."""
+    missing = unavailable(checkpoint, dtype)
     # ONNX Runtime casts every weight in every call, and runs a large checkpoint in slices: there PyTorch is faster.
-    order = ("tensorrt", "torch", "ort") if checkpoint.is_large else ("tensorrt", "ort", "torch")
+    order = ("cuda", "tensorrt", "torch", "ort") if checkpoint.is_large else ("cuda", "tensorrt", "ort", "torch")
     for backend in order:
         if backend not in missing:
-            return backend, missing.get("tensorrt", "")
+            return backend, "" if backend == "cuda" else missing.get("tensorrt", "")
     raise WorkbookError("no backend can be opened: " + " ".join(missing.values()))

@@ -47,7 +47,6 @@ def speed(
         list[int] | None, typer.Option(min=1, help="batch of a decode step at past 512; repeatable")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="samples of each measurement")] = 30,
-    batches: Annotated[Path | None, typer.Option(help="a working copy whose engines are built for batches")] = None,
     trace: Annotated[Path | None, typer.Option(help="also record the engines' kernels and save them as JSON")] = None,
 ) -> None:
     """Measure milliseconds per step of every backend here.
@@ -72,7 +71,6 @@ def speed(
         speed.default_sizes(checkpoint, *(sizes if any(sizes) else ())),
         only=engine or (),
         samples=samples,
-        batched=open_checkpoint(batches) if batches else None,
         traced=speed.TRACED if trace else (),
         progress=say,
     )

@@ -205,7 +205,6 @@ def export(
     dtype: Dtype = "fp16",
     exporter: Annotated[Literal["dynamo", "torchscript"], typer.Option()] = "dynamo",
     opset: Annotated[int, typer.Option(min=17, max=24, help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
-    fast: Annotated[bool, typer.Option("--fast", help="the parts of notebook 07's fast engine")] = False,
 ) -> None:
     """Export the patched model to ONNX.
 
@@ -215,17 +214,11 @@ def export(
     from glmtrt_helpers.checkpoints.working_copy import hard_links_note
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.export import exporting
-    from glmtrt_helpers.fast.decoder import export_fast
 
     checkpoint = open_checkpoint(directory)
-    if fast:
-        written = export_fast(checkpoint, dtype, progress=say)
-    else:
-        written = [exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)]
-    columns = ["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"]
-    print_table(
-        columns, [(str(w.path), w.file_bytes, w.referred_bytes, sum(w.nodes.values()), w.seconds) for w in written]
-    )
+    done = exporting.export_model(checkpoint, dtype, exporter=exporter, opset=opset, progress=say)
+    row = (str(done.path), done.file_bytes, done.referred_bytes, sum(done.nodes.values()), done.seconds)
+    print_table(["written", "bytes", "bytes referred to in the shards", "nodes", "seconds"], [row])
     checkpoint = open_checkpoint(directory)  # with the shards that the export may have made
     _say_note(unread_note(checkpoint))
     _say_note(hard_links_note(checkpoint))
@@ -355,7 +348,6 @@ def build(
     ] = False,
     tf32: Annotated[bool, typer.Option(help="allow fp32 matmuls to round inputs to TF32")] = True,
     fp16_sums: Annotated[bool, typer.Option("--fp16-sums", help="allow fp16 matmuls to accumulate in fp16")] = False,
-    fast: Annotated[bool, typer.Option("--fast", help="the parts of notebook 07's fast engine")] = False,
 ) -> None:
     """Build a TensorRT engine from the exported model; needs no GPU.
 
@@ -378,20 +370,14 @@ def build(
     )
     profiles = chat_profiles(checkpoint, *ranges)
     with phase_bars() as progress:
-        if fast:
-            from glmtrt_helpers.fast.decoder import build_fast  # loads PyTorch
-
-            built = build_fast(checkpoint, dtype, profiles, options=options, package=package, progress=progress)
-        else:
-            built = [build_engine(checkpoint, dtype, profiles, options=options, package=package, progress=progress)]
-    tell(built[0].package.reason)
-    for report in built:
-        for index, profile in enumerate(report.info.profiles):
-            rows = [row for row in plan_info.tensor_rows(report.info.tensors, index) if row[1] == "input"]
-            columns = ["input", "dtype", "shape", "min", "opt", "max"]
-            title = f"{report.plan.name}, profile {profile.name}"
-            print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], title)
-    print_table(["written", "bytes", "seconds"], [(str(b.plan), b.info.plan_bytes, b.info.seconds) for b in built])
+        built = build_engine(checkpoint, dtype, profiles, options=options, package=package, progress=progress)
+    tell(built.package.reason)
+    for index, profile in enumerate(built.info.profiles):
+        rows = [row for row in plan_info.tensor_rows(built.info.tensors, index) if row[1] == "input"]
+        columns = ["input", "dtype", "shape", "min", "opt", "max"]
+        title = f"{built.plan.name}, profile {profile.name}"
+        print_table(columns, [(row[0], *row[2:]) for row in (*rows[:4], rows[-1])], title)
+    print_table(["written", "bytes", "seconds"], [(str(built.plan), built.info.plan_bytes, built.info.seconds)])
 
 
 def _range(text: str, option: str) -> Any:
@@ -408,7 +394,7 @@ def chat(
     directory: Directory,
     backend: Annotated[
         Literal["torch", "ort", "tensorrt", "cuda"] | None,
-        typer.Option(help="default: the fastest of the first three here; cuda: one kernel a token, from the shards"),
+        typer.Option(help="default: the fastest that can run here; cuda: one kernel a token, from the shards"),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="ask this, print only the answer, and exit")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="always take the most likely token")] = False,
@@ -424,7 +410,6 @@ def chat(
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and answer together")] = None,
     drop_oldest: Annotated[bool, typer.Option("--drop-oldest", help="at the limit, drop the oldest rounds")] = False,
     dtype: Dtype = "fp16",
-    fast: Annotated[bool, typer.Option("--fast", help="notebook 07's fast engine, on tensorrt or ort")] = False,
 ) -> None:
     """Chat with the model.
 
@@ -434,7 +419,6 @@ def chat(
     from glmtrt_helpers.chat.conversation import Chat
     from glmtrt_helpers.chat.sampling import Sampling
     from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
-    from glmtrt_helpers.fast import backends as fast_backends
 
     terminal.use_utf8()
     checkpoint = open_checkpoint(directory)
@@ -443,16 +427,10 @@ def chat(
     if checkpoint.is_random:
         tell(f"{directory} holds random weights, for measuring: its answers mean nothing.")
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
-    factory = fast_backends if fast else backends
     if backend is None:
-        backend, why = factory.best_backend(checkpoint, dtype)
-        tell(f"Answering on {backend}." + (f" Not on tensorrt: {why}" if why else ""))
-    if backend == "cuda" and not fast:
-        from glmtrt_helpers.fast.cuda_session import CudaSession  # cuda-python
-
-        session: Any = CudaSession.open(checkpoint, dtype)
-    else:
-        session = factory.open_session(checkpoint, backend, dtype)
+        chosen, why = backends.best_backend(checkpoint, dtype)
+        tell(f"Answering on {chosen}." + (f" Not on tensorrt: {why}" if why else ""))
+    session = backends.open_session(checkpoint, backend or chosen, dtype)
     try:
         conversation = Chat(checkpoint, session, sampling, max_length=max_length, drop_oldest=drop_oldest)
         if prompt is not None:

@@ -11,6 +11,7 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, shares_vocabulary
 from glmtrt_helpers.core.tensorrt_package import gpus, verdict, version
 from glmtrt_helpers.engines.memory_prediction import predict_build, predict_memory
 from glmtrt_helpers.engines.profiles import Range, chat_profiles
+from glmtrt_helpers.fast import memory_prediction as one_kernel
 
 GB, GIB = 10**9, 2**30
 CONTEXT_BYTES = 600_000_000  # GPU memory that CUDA itself takes, as seen on an H200
@@ -103,6 +104,9 @@ def model_report(checkpoint: Checkpoint, batch: int, length: int, dtype: str = "
     for gpu in gpus():
         fits = "is large enough" if needed < gpu.memory else "is too small: lower --batch or --length"
         rows.append(("this GPU", _gb(gpu.memory), f"{gpu.name} {fits}"))
+    if dtype == "fp16":
+        other = one_kernel.predict_memory(checkpoint, batch, batch * (length - 1))
+        rows.append(("with --backend cuda", _gb(other.total), "plus about 0.5 GB for CUDA; no engine to build"))
     rows.append(("to build it", _gb(build), f"of memory, and {_gb(disk)} of disk; no GPU"))
     return rows
 

@@ -5,7 +5,6 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "artifacts": ["is_part"],
         "display": ["format_cell", "print_rich", "print_table", "use_workbook_style"],
         "errors": ["WorkbookError"],
         "files": ["replacing"],

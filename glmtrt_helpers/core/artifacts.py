@@ -4,13 +4,8 @@ from pathlib import Path
 
 
 def cli_options(path: Path) -> str:
-    """The options of `glmtrt export` and `glmtrt build` that make this graph or engine, such as " --fast"."""
-    return " --dtype fp32" * ("fp32" in path.name.split(".")) + " --fast" * is_part(path)
-
-
-def is_part(path: Path) -> bool:
-    """Whether a graph or an engine is a part of the fast decoder, such as model.fp16.fast.middle.onnx."""
-    return "fast" in path.name.split(".")
+    """The options of `glmtrt export` and `glmtrt build` that make this graph or engine, such as " --dtype fp32"."""
+    return " --dtype fp32" * ("fp32" in path.name.split("."))
 
 
 def graphs_of(path: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import msgspec
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.identity import Origin, check_origin, file_blake3
 from glmtrt_helpers.core import records, tensorrt_package
-from glmtrt_helpers.core.artifacts import cli_options, is_part
+from glmtrt_helpers.core.artifacts import cli_options
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.core.tensorrt_package import Package
@@ -108,8 +108,7 @@ def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:
     another package, or from another graph, source or weights.
     """
     info = read_info(plan)
-    fast = " --fast" if is_part(plan) else ""
-    again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}{fast}`"
+    again = f"build it again with `glmtrt build {plan.parent} --dtype {info.dtype}`"
     size = plan.stat().st_size
     if size != info.plan_bytes:
         raise WorkbookError(f"{plan} is truncated: {size:,} of {info.plan_bytes:,} bytes; {again}.")

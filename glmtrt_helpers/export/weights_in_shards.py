@@ -1,7 +1,5 @@
 """Take the weights out of a traced graph: each becomes an address in a shard, or an input of the graph."""
 
-from collections.abc import Collection
-
 import onnx_ir as ir
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
@@ -40,12 +38,3 @@ def _stored_weight(name: str, stored: StoredTensor) -> ir.Value:
         base_dir=str(stored.file.parent),
     )
     return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=data)
-
-
-def make_inputs(model: ir.Model, names: Collection[str]) -> None:
-    """Make inputs of the weights of these names: whoever runs the graph passes them with every call."""
-    graph = model.graph
-    for name in [name for name in graph.initializers if name in names]:
-        weight = graph.initializers.pop(name)
-        weight.const_value = None
-        graph.inputs.append(weight)

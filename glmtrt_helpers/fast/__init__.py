@@ -1,13 +1,13 @@
-"""Notebook 07: the fast engine, whose weights are inputs and whose decode attention is a kernel of its own."""
+"""Notebook 07: a decoder step in one CUDA kernel, over the checkpoint's own shards."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "backends": ["best_backend", "open_session", "unavailable"],
-        "decoder": ["build_fast", "export_fast"],
-        "kernels": ["blocks_of", "compile_source"],
-        "session": ["weight_names"],
+        "cuda_session": ["CudaSession"],
+        "memory_prediction": ["predict_memory"],
+        "programs": ["Sizes", "compile_program", "defines", "resources", "sizes_of"],
+        "weights": ["EMBEDDING", "HEAD", "layer_weights", "rotary_tables"],
     },
 )

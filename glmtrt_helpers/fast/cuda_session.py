@@ -19,40 +19,50 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines import cuda
-from glmtrt_helpers.fast import programs
+from glmtrt_helpers.fast import memory_prediction, programs
+from glmtrt_helpers.fast.masks import read_mask
 from glmtrt_helpers.fast.products import Kind, Products
-from glmtrt_helpers.fast.session import FastSession
 from glmtrt_helpers.fast.weights import EMBEDDING, HEAD, Weights, layer_weights, rotary_tables, weight_sizes
-from glmtrt_helpers.sessions.base import Limits
+from glmtrt_helpers.sessions.base import Limits, Session
 
 AHEAD = 4  # steps that may run before the token of the first is read; that number is wasted where an answer ends
 ALPHA = math.sqrt(2 * 28)  # of the residual: upstream's own default, which does not follow the number of layers
 FINAL = "transformer.final_layernorm"
 
 
-class CudaSession(FastSession):
+class CudaSession(Session):
     """The weights, the cache and the programs on the GPU, in fp16 with sums in fp32.
 
-    The cache has room for all positions of the checkpoint, in as many rows as a call had at most.
+    The cache has room for all positions of the checkpoint, in as many rows as a call had at most. Logits come out for
+    the last position alone.
     bulk, shared: as for `programs.Card`.
     """
 
     backend = "cuda"
+    last_only = True
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, dtype: str = "fp16") -> CudaSession:
         """The session of a checkpoint. Raises WorkbookError where it cannot run, before anything is allocated."""
+        cls.check(checkpoint, dtype)
+        return cls(checkpoint)
+
+    @staticmethod
+    def check(checkpoint: Checkpoint, dtype: str = "fp16") -> programs.Sizes:
+        """What the programs are compiled for; WorkbookError where this checkpoint cannot run here in dtype."""
         if dtype != "fp16":
             raise WorkbookError(
                 f"the one-kernel engine computes in fp16: leave --dtype {dtype} out, or take torch or ort."
             )
-        return cls(checkpoint)
-
-    def __init__(self, checkpoint: Checkpoint, bulk: bool | None = None, shared: int | None = None):
-        sizes = programs.sizes_of(checkpoint)
         if not tensorrt_package.gpus():
             raise WorkbookError("the one-kernel engine needs an NVIDIA GPU and its driver: take another backend.")
-        super().__init__(checkpoint, np.dtype(np.float16))
+        return programs.sizes_of(checkpoint)
+
+    def __init__(self, checkpoint: Checkpoint, bulk: bool | None = None, shared: int | None = None):
+        sizes = self.check(checkpoint)
+        self.checkpoint, self.dtype = checkpoint, np.dtype(np.float16)
+        self._names = [f"{layer}.{part}" for layer in range(checkpoint.num_layers) for part in ("key", "value")]
+        self._past, self._batch, self._skip = 0, 0, np.zeros(0, np.int64)
         self.sizes, self._room, self._epoch = sizes, checkpoint.max_length, 0
         self.limits = Limits(total=self._room)
         self._blank = load_tokenizer(checkpoint).blank_id
@@ -65,7 +75,7 @@ class CudaSession(FastSession):
         try:
             free = cuda.free_device_memory()  # the first call makes the context that the kernels are loaded into
             sizes_of_weights = weight_sizes(checkpoint)
-            needed = sum(map(cuda.aligned, sizes_of_weights.values())) + self._cache_bytes(1)
+            needed = sum(map(cuda.aligned, sizes_of_weights.values())) + memory_prediction.cache_bytes(checkpoint, 1)
             if free < needed:
                 raise WorkbookError(
                     f"the weights and the cache of one row take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the "
@@ -81,9 +91,6 @@ class CudaSession(FastSession):
         except BaseException:
             self.close()
             raise
-
-    def _cache_bytes(self, rows: int) -> int:
-        return 2 * self.checkpoint.num_layers * rows * self._room * self.sizes.hidden * 2
 
     def _hold(self, sizes: Mapping[str, int], what: str) -> tuple[cuda.DeviceMemory, dict[str, cuda.Buffer]]:
         memory = cuda.DeviceMemory(sum(map(cuda.aligned, sizes.values())), what)
@@ -139,7 +146,65 @@ class CudaSession(FastSession):
             self._large[0].free()
             self._large = None
 
+    # -- As a session
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache."""
+        return self._past
+
+    def reset(self) -> None:
+        self._past = 0
+
+    def empty_past(self, batch: int) -> dict[str, np.ndarray]:
+        shape = (0, batch, self.checkpoint.num_heads, self.checkpoint.head_size)
+        return {f"past_key_values.{name}": np.zeros(shape, self.dtype) for name in self._names}
+
+    def step(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
+        batch, length = call["input_ids"].shape
+        if self._past and batch != self._batch:
+            raise WorkbookError(f"the cache holds {self._batch} rows, the call has {batch}: reset the session first.")
+        if self._past + length > self.limits.total:
+            raise WorkbookError(
+                f"{self._past} tokens in the cache and {length} new ones are more than the {self.limits.total} that "
+                "this session holds: drop old rounds, or open a session that holds more."
+            )
+        places = self.enqueue(call, length)
+        scores = np.empty((self._batch, self.checkpoint.vocab_size), np.float32)
+        for row, address in enumerate(places):
+            cuda.read_rows(scores[row : row + 1], address, scores[row].nbytes, self.stream)
+        return scores
+
+    def run(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """One call of forward with its past from the host; logits (batch, 1, vocabulary) of the last position."""
+        call = {name: np.asarray(value) for name, value in flat.items()}
+        past = [call[f"past_key_values.{name}"].swapaxes(0, 1) for name in self._names]
+        self.reset()
+        batch, length = past[0].shape[:2]
+        if length:
+            self._begin(batch, read_mask(call, length)[0])
+            self._write(past)
+            self._past = length
+        logits = self.step(call)
+        presents = {
+            f"present.{name}": array.swapaxes(0, 1) for name, array in zip(self._names, self._read(), strict=True)
+        }
+        self.reset()
+        return {"logits": logits[:, None], **presents}
+
+    def _look(self, call: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Read the mask of a call; without a past begin with an empty cache. Returns context of `read_mask`."""
+        skip, context = read_mask(call, self._past)
+        if not self._past:
+            self._begin(len(skip), skip)
+        elif (skip != self._skip).any():
+            raise WorkbookError("the cache holds other padding than the call's mask hides: reset the session first.")
+        return context
+
     # -- The cache
+
+    def _room_for(self, batch: int) -> cuda.DeviceMemory:
+        return cuda.DeviceMemory(memory_prediction.cache_bytes(self.checkpoint, batch), f"the cache of {batch} rows")
 
     def _begin(self, batch: int, skip: np.ndarray) -> None:
         if batch > self._slots:
@@ -147,7 +212,7 @@ class CudaSession(FastSession):
             if self._cache:
                 self._cache.free()
                 self._cache, self._slots = None, 0
-            self._cache, self._slots = cuda.DeviceMemory(self._cache_bytes(batch), f"the cache of {batch} rows"), batch
+            self._cache, self._slots = self._room_for(batch), batch
         self._past, self._batch, self._skip = 0, batch, skip
 
     def _place(self, number: int, row: int = 0) -> int:
@@ -170,13 +235,6 @@ class CudaSession(FastSession):
         return arrays
 
     # -- Steps
-
-    def _execute(self, call: Mapping[str, np.ndarray], length: int) -> np.ndarray:
-        places = self.enqueue(call, length)
-        scores = np.empty((self._batch, self.checkpoint.vocab_size), np.float32)
-        for row, address in enumerate(places):
-            cuda.read_rows(scores[row : row + 1], address, scores[row].nbytes, self.stream)
-        return scores
 
     def enqueue(self, call: Mapping[str, np.ndarray], length: int) -> list[int]:
         """Send the inputs of a step of `length` tokens and run it, its rows put into the cache; waits for nothing.

@@ -15,6 +15,7 @@ from cuda.bindings import driver, nvrtc
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.cuda import check
+from glmtrt_helpers.fast.memory_prediction import ROWS as ROWS
 
 HERE = Path(__file__).parent
 PARTS = {name: ("primitives.cuh", "attention.cuh", f"{name}.cu") for name in ("decoder", "prompt")}
@@ -22,7 +23,6 @@ KERNELS = {
     "decoder": ("step1", "step2", "step4", "step8"),
     "prompt": ("embed", "normalize", "rotate", "attend_tiles", "attend_rows", "choose"),
 }
-ROWS = 8  # that one kernel takes at most
 PIECES = 4  # decoder.cu's
 TILE = 64  # prompt.cu's
 OLDEST = (8, 0)  # mbarrier and cp.async

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import local
+from typing import Any
 
 import numpy as np
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, shares_vocabulary
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines import cuda
-from glmtrt_helpers.fast.session import STORED
 
+STORED: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 READERS = 6  # threads, each with a piece of page-locked memory and a stream of its own
 PIECE = 32 * 2**20  # bytes

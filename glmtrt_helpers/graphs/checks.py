@@ -15,7 +15,6 @@ from onnx import numpy_helper, shape_inference
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.checkpoints.identity import open_export
-from glmtrt_helpers.core.artifacts import is_part
 from glmtrt_helpers.graphs.scopes import CONSTANT, DATA, GraphIndex
 from glmtrt_helpers.graphs.summary import describe, true_inputs
 from glmtrt_helpers.inputs.names import axis_names, input_names, output_names
@@ -86,13 +85,13 @@ def problems(onnx_path: str | Path, checkpoint: Checkpoint | None = None) -> lis
     """What will fail later, one sentence each; empty if nothing will. Raises as `summarize` does.
 
     checkpoint: what the graph was exported from; without it, weights are not compared and the number of layers is taken
-    from the graph's outputs. A part of the fast decoder need not have the inputs and outputs of the whole model.
+    from the graph's outputs.
     """
     path = Path(onnx_path)
     export = open_export(path)
     model = export.model
     layers = checkpoint.num_layers if checkpoint else sum(v.name.endswith(".key") for v in model.graph.output)
-    found = [] if is_part(path) else list(_missing_or_static(model, layers, ours=bool(checkpoint or export.origin)))
+    found = list(_missing_or_static(model, layers, ours=bool(checkpoint or export.origin)))
     found += [f"input {name} is declared, but its values reach no output." for name in dead_inputs(model)]
     inferred, contradiction = _with_shapes(model)
     found += [contradiction] if contradiction else []

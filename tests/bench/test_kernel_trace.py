@@ -46,7 +46,7 @@ def test_idle_time_is_what_no_kernel_covers() -> None:
     """Steps of 10 us: kernels of 0 to 4 and 3 to 8, so 2 of 10 are idle; overlap counts once."""
     runs = [[Kernel("a", start, 4.0), Kernel("b", start + 3, 5.0)] for start in (0.0, 10.0, 20.0)]
     assert kernel_trace.idle_fraction(runs) == pytest.approx(0.2)
-    made = kernel_trace.entry("fast", "decode", 1, 512, runs)
+    made = kernel_trace.entry("cuda", "decode", 1, 512, runs)
     assert made["kernels"] == [
         {"name": "a", "start_us": 0.0, "duration_us": 4.0},
         {"name": "b", "start_us": 3.0, "duration_us": 5.0},
@@ -62,8 +62,8 @@ def test_recording_without_a_gpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "short", "kind"),
     [
-        ("attend", "attend", "attention"),
-        ("advance", "advance", "the rest"),
+        ("attend_rows", "attention", "attention"),
+        ("normalize", "normalize", "the rest"),
         (MATMUL, "matmul", "matmul"),
         ("nvjet_sm90_hsh_64x8_64x16_4x1_v_bz_TNN", "matmul", "matmul"),
         ("void gemv2T_kernel_val<int, int, __half, __half>(cublasGemvParams)", "matmul", "matmul"),
@@ -91,22 +91,22 @@ def test_kernel_names_are_shortened(name: str, short: str, kind: str) -> None:
 
 
 def step(layers: int = 28) -> Step:
-    """A gather and a matmul, layers of five kernels, a last matmul and our own `advance`; 10 us each, 1 us apart."""
-    layer = ["attend", MATMUL, NORM, MATMUL, GELU]
-    names = ["__myl_ReshGath_0x1", MATMUL, *layer * layers, MATMUL, "advance"]
-    return Step("fast", "decode", 1, 512, 0.1, [Kernel(name, 11.0 * i, 10.0) for i, name in enumerate(names)])
+    """A gather and a matmul, layers of five kernels, a last matmul and our own `choose`; 10 us each, 1 us apart."""
+    layer = ["attend_rows", MATMUL, NORM, MATMUL, GELU]
+    names = ["__myl_ReshGath_0x1", MATMUL, *layer * layers, MATMUL, "choose"]
+    return Step("cuda", "decode", 1, 512, 0.1, [Kernel(name, 11.0 * i, 10.0) for i, name in enumerate(names)])
 
 
 @pytest.mark.parametrize("layers", [4, 28])
 def test_a_layer_is_the_sequence_that_the_middle_repeats(layers: int) -> None:
     layer = kernel_trace.one_layer(step(layers))
     names = [kernel_trace.short_name(kernel.name) for kernel in layer]
-    assert names == ["attend", "matmul", "add, LayerNorm", "matmul", "GELU"]
+    assert names == ["attention", "matmul", "add, LayerNorm", "matmul", "GELU"]
     assert layer[0].start_us < step(layers).kernels[-1].start_us / 2 + 100
 
 
 def test_a_layer_without_our_own_attention_kernel() -> None:
-    others = [Kernel("Memset", kernel.start_us, kernel.duration_us) if kernel.name == "attend" else kernel
+    others = [Kernel("Memset", kernel.start_us, kernel.duration_us) if kernel.name == "attend_rows" else kernel
               for kernel in step().kernels]  # fmt: skip
     layer = kernel_trace.one_layer(Step("classical", "decode", 1, 512, 0.1, others))
     assert sorted(kernel_trace.short_name(k.name) for k in layer) == sorted(
@@ -117,9 +117,9 @@ def test_a_layer_without_our_own_attention_kernel() -> None:
 def test_a_step_that_repeats_nothing() -> None:
     kernels = [Kernel(f"kernel_{i * i}", 2.0 * i, 1.0) for i in range(40)]
     with pytest.raises(WorkbookError, match="the 40 kernels of this step contain no repeated sequence"):
-        kernel_trace.one_layer(Step("fast", "decode", 1, 512, 0.1, kernels))
+        kernel_trace.one_layer(Step("cuda", "decode", 1, 512, 0.1, kernels))
     with pytest.raises(WorkbookError, match="the 0 kernels"):
-        kernel_trace.one_layer(Step("fast", "decode", 1, 512, 0.1, []))
+        kernel_trace.one_layer(Step("cuda", "decode", 1, 512, 0.1, []))
 
 
 def test_kernel_rows_sum_by_name_longest_first() -> None:
@@ -132,11 +132,11 @@ def test_kernel_rows_sum_by_name_longest_first() -> None:
 def test_a_saved_trace_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     kernels = [{"name": "attend", "start_us": 0.0, "duration_us": 2.5}]
-    saved = {"engine": "fast", "phase": "decode", "batch": 1, "past": 512, "idle_fraction": 0.1, "kernels": kernels}
+    saved = {"engine": "cuda", "phase": "decode", "batch": 1, "past": 512, "idle_fraction": 0.1, "kernels": kernels}
     entry = {"gpu": "a card", "date": "2026-11-23", "versions": {"torch": "2.11.0"}, "command": "x", "steps": [saved]}
     path.write_text(json.dumps(entry))
     assert kernel_trace.load_trace(path) == (
-        [Step("fast", "decode", 1, 512, 0.1, [Kernel("attend", 0.0, 2.5)])], "a card, 2026-11-23, torch 2.11.0"
+        [Step("cuda", "decode", 1, 512, 0.1, [Kernel("attend", 0.0, 2.5)])], "a card, 2026-11-23, torch 2.11.0"
     )  # fmt: skip
     del saved["idle_fraction"]
     path.write_text(json.dumps(entry))
@@ -147,9 +147,9 @@ def test_a_saved_trace_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_step_that_was_not_recorded_is_refused() -> None:
-    assert kernel_trace.find_step([step()], "fast").past == 512
-    with pytest.raises(WorkbookError, match=r"no step of fast, decode, batch 8, 512 tokens .* fast, decode, batch 1"):
-        kernel_trace.find_step([step()], "fast", batch=8)
+    assert kernel_trace.find_step([step()], "cuda").past == 512
+    with pytest.raises(WorkbookError, match=r"no step of cuda, decode, batch 8, 512 tokens .* cuda, decode, batch 1"):
+        kernel_trace.find_step([step()], "cuda", batch=8)
 
 
 def test_one_layer_drawn_on_a_time_line(_random_master: Path) -> None:
@@ -161,12 +161,12 @@ def test_one_layer_drawn_on_a_time_line(_random_master: Path) -> None:
     assert bars[:5] == [(pytest.approx(11.0 * i), 10.0) for i in range(5)]
     assert bars[5] == (0, pytest.approx((12 * 4096**2 + 13 * 4096) * 2 / 4e12 * 1e6))
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels == ["attend", "matmul", "add, LayerNorm", "matmul", "GELU", "its weights, read once"]
+    assert labels == ["attention", "matmul", "add, LayerNorm", "matmul", "GELU", "its weights, read once"]
     assert axis.get_xlabel() == "microseconds, 54 in total (a card)"
 
 
 def test_the_committed_trace_shows_a_layer_of_the_fast_engine() -> None:
     steps, about = kernel_trace.load_trace(ROOT / "benchmarks" / "trace_h200.json")
-    layer = kernel_trace.one_layer(kernel_trace.find_step(steps, "fast"))
+    layer = kernel_trace.one_layer(kernel_trace.find_step(steps, "cuda"))
     assert "H200" in about and [kernel_trace.short_name(kernel.name) for kernel in layer].count("matmul") == 4
     assert LOOKS.keys() >= {each.engine for each in steps}

@@ -46,12 +46,12 @@ def only_axis(figure: Figure) -> Axes:
 
 def test_points_lie_under_the_roof_where_they_were_measured(real: Checkpoint) -> None:
     figure = plot_roofline(
-        real, report(row("fast", "decode", 1, 512, 4.0), row("fast", "prefill", 1, 512, 10.0)), "a card"
+        real, report(row("cuda", "decode", 1, 512, 4.0), row("cuda", "prefill", 1, 512, 10.0)), "a card"
     )
     axis = only_axis(figure)
     for phase, ms in (("decode", 4.0), ("prefill", 10.0)):
         least = bounds(real, report(), phase, 1, 512)
-        assert drawn(axis, f"fast, {phase}") == (
+        assert drawn(axis, f"cuda, {phase}") == (
             [pytest.approx(least.flop / least.nbytes)], [pytest.approx(least.flop / (ms / 1000) / 1e12)]
         )  # fmt: skip
     x, y = drawn(axis, "roof")
@@ -63,17 +63,17 @@ def test_points_lie_under_the_roof_where_they_were_measured(real: Checkpoint) ->
 def test_a_step_as_fast_as_its_bound_touches_the_roof(real: Checkpoint) -> None:
     for phase, batch, past in (("decode", 1, 2000), ("decode", 64, 512), ("prefill", 1, 1024)):
         least = bounds(real, report(), phase, batch, past)
-        axis = only_axis(plot_roofline(real, report(row("fast", phase, batch, past, least.least))))
-        (x,), (y,) = drawn(axis, "fast")
+        axis = only_axis(plot_roofline(real, report(row("cuda", phase, batch, past, least.least))))
+        (x,), (y,) = drawn(axis, "cuda")
         assert y == pytest.approx(min(4000 * x / 1000, 800))
 
 
 def test_decode_over_the_past(real: Checkpoint) -> None:
     """In the order of the past, without batches and prompts; an engine far above is only in the legend."""
-    rows = [row("fast", "decode", 1, 2000, 5.0), row("fast", "decode", 1, 128, 4.0), row("fast", "decode", 8, 512, 6.0)]
-    rows += [row("fast", "prefill", 1, 512, 9.0), row("torch-eager", "decode", 1, 512, 31.0)]
+    rows = [row("cuda", "decode", 1, 2000, 5.0), row("cuda", "decode", 1, 128, 4.0), row("cuda", "decode", 8, 512, 6.0)]
+    rows += [row("cuda", "prefill", 1, 512, 9.0), row("torch-eager", "decode", 1, 512, 31.0)]
     axis = only_axis(plot_past(real, report(*rows), "a card"))
-    assert drawn(axis, "fast") == ([128.0, 2000.0], [4.0, 5.0])
+    assert drawn(axis, "cuda") == ([128.0, 2000.0], [4.0, 5.0])
     assert drawn(axis, "torch-eager: 31, above the picture") == ([], [])
     x, y = drawn(axis, "weights and cache")
     assert y[0] == pytest.approx(WEIGHTS / 4e9) and x[-1] > 2000
@@ -87,9 +87,9 @@ def test_an_engine_far_above_is_drawn_where_it_is_alone(real: Checkpoint) -> Non
 
 
 def test_tokens_per_second_over_the_batch(real: Checkpoint) -> None:
-    rows = [row("fast", "decode", 8, 512, 5.0), row("fast", "decode", 1, 512, 4.0), row("fast", "decode", 1, 128, 3.9)]
+    rows = [row("cuda", "decode", 8, 512, 5.0), row("cuda", "decode", 1, 512, 4.0), row("cuda", "decode", 1, 128, 3.9)]
     axis = only_axis(plot_batches(real, report(*rows)))
-    assert drawn(axis, "fast") == ([1.0, 8.0], [250.0, 1600.0])
+    assert drawn(axis, "cuda") == ([1.0, 8.0], [250.0, 1600.0])
     x, y = drawn(axis, "bound")
     assert x[0] == 1 and x[-1] == 16
     assert y[-1] == pytest.approx(16000 / bounds(real, report(), "decode", 16, 512).least)

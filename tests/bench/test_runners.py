@@ -14,7 +14,6 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.builder import build_engine
 from glmtrt_helpers.engines.profiles import Range, chat_profiles
-from glmtrt_helpers.fast.decoder import build_fast, export_fast
 from glmtrt_helpers.inputs import positions_and_mask
 
 
@@ -31,7 +30,7 @@ def test_step_inputs_are_those_of_a_chat(_random_master: Path) -> None:
 def test_runners_on_a_cpu(tmp_path: Path, name: str) -> None:
     checkpoint = exported_copy(tmp_path)
     made = runners.runners(checkpoint, "fp16")
-    assert list(made) == ["torch-eager", "torch-graph", "torch-compile", "ort-cpu", "classical", "fast", "cuda"]
+    assert list(made) == ["torch-eager", "torch-graph", "torch-compile", "ort-cpu", "classical", "cuda"]
     runner = made[name]()
     assert runner.name == name and runner.gpu_bytes is None
     for batch, length, past in ((1, 1, 20), (2, 9, 0)):
@@ -57,7 +56,7 @@ def test_a_source_that_fails_while_it_is_measured_is_one_sentence(tiny_random: P
 def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
     made = runners.runners(exported_copy(tmp_path), "fp16")
     needs = {"torch-graph": "CUDA graphs need", "torch-compile": "CUDA graphs need", "classical": "is missing"}
-    for name, says in (needs | {"fast": "--fast", "cuda": "the one-kernel engine"}).items():
+    for name, says in (needs | {"cuda": "the one-kernel engine"}).items():
         with pytest.raises(WorkbookError, match=says):
             made[name]()
 
@@ -65,34 +64,25 @@ def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
 @pytest.fixture
 def built(tmp_path: Path) -> Checkpoint:
     checkpoint = exported_copy(tmp_path)
-    export_fast(checkpoint, "fp16")
     profiles = chat_profiles(checkpoint, Range(1, 1, 2), Range(1, 20, 200), Range(1, 100, 300))
     build_engine(checkpoint, "fp16", profiles)
-    build_fast(checkpoint, "fp16", profiles)
     return checkpoint
 
 
 @pytest.mark.slow
-def test_both_engines_on_a_fake_gpu(built: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step can be run any number of times, at any past; the cache has the length it had."""
+def test_the_engine_on_a_fake_gpu(built: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step can be run any number of times, at any past."""
     gpu = fake_gpu.install(monkeypatch)
     made = runners.runners(built, "fp16")
     assert "ort-cuda" in made
-    for name in ("classical", "fast"):
-        runner = made[name]()
-        assert runner.name == name and runner.gpu_bytes
-        assert len(runner.plans()) == (4 if name == "fast" else 1) and all(plan.exists() for plan in runner.plans())
-        for batch, length, past in ((1, 1, 20), (2, 1, 300), (1, 150, 0), (2, 5, 0)):
-            step = runner.step(batch, length, past)
-            for _ in range(4):
-                assert runner.times(step, 1) == [2.0]
-            if name == "fast":
-                assert runner.session.past == past + length  # type: ignore[attr-defined]
-                if past:
-                    assert runner.times(step, 3) == [2.0] * min(3, 301 - past)
-        with pytest.raises(WorkbookError, match=r"outside every profile|more than the 301"):
-            runner.step(1, 1, 301)()
-        runner.close()
-        assert not gpu.blocks
-    # At each past, all but the first of four decode steps ran as a graph; of three more, as many as there was room for.
-    assert gpu.launches == 2 * 3 + 3 + 1
+    runner = made["classical"]()
+    assert runner.name == "classical" and runner.gpu_bytes
+    assert len(runner.plans()) == 1 and all(plan.exists() for plan in runner.plans())
+    for batch, length, past in ((1, 1, 20), (2, 1, 300), (1, 150, 0), (2, 5, 0)):
+        step = runner.step(batch, length, past)
+        for _ in range(4):
+            assert runner.times(step, 1) == [2.0]
+    with pytest.raises(WorkbookError, match="outside every profile"):
+        runner.step(1, 1, 301)()
+    runner.close()
+    assert not gpu.blocks

@@ -48,7 +48,8 @@ def test_a_graph_with_other_inputs_or_outputs_is_refused(
 
 
 def test_reasons_name_what_is_missing(checkpoint: Checkpoint) -> None:
-    assert list(backends.unavailable(checkpoint)) == ["tensorrt"]
+    assert list(backends.unavailable(checkpoint)) == ["tensorrt", "cuda"]
+    assert "needs an NVIDIA GPU" in backends.unavailable(checkpoint)["cuda"]
     assert "05_build_profiles" in backends.unavailable(checkpoint)["tensorrt"]
     plan = build_engine(checkpoint, "fp16").plan
     assert "an engine needs one" in backends.unavailable(checkpoint)["tensorrt"], "the plan is fine, the GPU is missing"
@@ -76,7 +77,14 @@ def test_a_large_checkpoint_runs_in_slices_and_prefers_pytorch(
     assert backends.best_backend(checkpoint)[0] == "torch"
 
 
-def test_without_any_backend_all_reasons_are_given(checkpoint: Checkpoint) -> None:
-    missing = {"tensorrt": "no GPU.", "ort": "no graph.", "torch": "no PyTorch."}
-    with pytest.raises(WorkbookError, match=r"no backend can be opened: no GPU\. no graph\. no PyTorch\."):
-        backends.first_available(checkpoint, missing)
+def test_the_fastest_that_can_run_is_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing: dict[str, str] = {}
+    monkeypatch.setattr(backends, "unavailable", lambda *_: missing)
+    assert backends.best_backend(checkpoint) == ("cuda", "")
+    missing |= {"cuda": "no GPU."}
+    assert backends.best_backend(checkpoint) == ("tensorrt", "")
+    missing |= {"tensorrt": "no plan.", "ort": "no graph."}
+    assert backends.best_backend(checkpoint) == ("torch", "no plan.")
+    missing |= {"torch": "no PyTorch."}
+    with pytest.raises(WorkbookError, match=r"no backend can be opened: no GPU\. no plan\. no graph\. no PyTorch\."):
+        backends.best_backend(checkpoint)

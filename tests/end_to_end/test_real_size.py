@@ -2,7 +2,6 @@
 
 glmtrt standin models/chatglm_6b_random --size 6b && glmtrt copy models/chatglm_6b_random
 glmtrt bench memory models/run/chatglm_6b_random --phase patch --phase export --phase build
-glmtrt export models/run/chatglm_6b_random --fast && glmtrt build models/run/chatglm_6b_random --fast
 GLMTRT_LARGE=models/run/chatglm_6b_random python -m pytest tests/end_to_end/test_real_size.py
 """
 
@@ -23,11 +22,8 @@ from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.engines import plan_info
+from glmtrt_helpers.engines import cuda, plan_info
 from glmtrt_helpers.engines.memory_prediction import EngineMemory, predict_memory
-from glmtrt_helpers.fast import backends as fast_backends
-from glmtrt_helpers.fast.session import part_path
-from glmtrt_helpers.fast.tensorrt import FastTensorRTSession
 from glmtrt_helpers.graphs import reference, verification
 from glmtrt_helpers.graphs.reference import CASES, references
 from glmtrt_helpers.inputs import positions_and_mask
@@ -52,13 +48,12 @@ def checkpoint() -> Checkpoint:
     return opened
 
 
-@pytest.fixture(scope="module", params=["classical", "fast"])
+@pytest.fixture(scope="module", params=["tensorrt", "cuda"])
 def session(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Session]:
-    is_fast = request.param == "fast"
-    plan = part_path(checkpoint, "fp16", "middle", "plan") if is_fast else plan_info.plan_path(checkpoint, "fp16")
-    if not plan.exists():
+    plan = plan_info.plan_path(checkpoint, "fp16")
+    if request.param == "tensorrt" and not plan.exists():
         pytest.skip(f"{plan} was not built")
-    opened = (fast_backends if is_fast else backends).open_session(checkpoint, "tensorrt")
+    opened = backends.open_session(checkpoint, request.param)
     yield opened
     opened.close()
 
@@ -67,17 +62,20 @@ def keep(name: str, session: Session, **content: object) -> None:
     kept = {**results.machine(), **content}
     print(json.dumps(content))
     if "GLMTRT_KEEP" in os.environ:
-        kind = "fast" if isinstance(session, FastTensorRTSession) else "classical"
-        Path(os.environ["GLMTRT_KEEP"], f"{name}.{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        Path(os.environ["GLMTRT_KEEP"], f"{name}.{session.backend}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def test_gpu_memory(checkpoint: Checkpoint, session: Session) -> None:
-    """Within 5% of the prediction; the fast engine takes less than 14.5 GB at 2048 tokens."""
-    measured: EngineMemory = session.measured  # type: ignore[attr-defined]
-    if isinstance(session, FastTensorRTSession):
-        keep("engine_memory_6b", session, measured=asdict(measured))
-        assert measured.total < 14.5e9 and measured.cache == 2 * 28 * 2048 * 4096 * 2
+    """Within 5% of the prediction; the one-kernel engine takes less than 13.8 GB for a chat of 2048 tokens."""
+    if not isinstance(session, TensorRTSession):
+        opened = cuda.free_device_memory()
+        session.step(positions_and_mask.prefill(checkpoint, [chat_prompt(load_tokenizer(checkpoint), "好" * 500)]))
+        taken = opened - cuda.free_device_memory() + one_kernel.predict_memory(checkpoint, 0).weights
+        expected = one_kernel.predict_memory(checkpoint, 1, 512)
+        keep("engine_memory_6b", session, predicted=asdict(expected), measured=taken)
+        assert taken == pytest.approx(expected.total, rel=0.05) and taken < 13.8e9
         return
+    measured: EngineMemory = session.measured
     info = plan_info.read_info(plan_info.plan_path(checkpoint, "fp16"))
     predicted = predict_memory(checkpoint, info.profiles)
     keep(
@@ -98,8 +96,9 @@ def test_decode_and_prefill_run(checkpoint: Checkpoint, session: Session) -> Non
     assert answer == again and len(answer) > 1
     keep("chat_6b", session, tokens=len(answer), seconds=seconds)
     session.reset()
-    with pytest.raises(WorkbookError, match="outside every profile"):
-        session.step(positions_and_mask.prefill(checkpoint, [prompt] * 2))
+    if isinstance(session, TensorRTSession):
+        with pytest.raises(WorkbookError, match="outside every profile"):
+            session.step(positions_and_mask.prefill(checkpoint, [prompt] * 2))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.engines.builder import build_engine
 from glmtrt_helpers.engines.profiles import Range, chat_profiles
 from glmtrt_helpers.export import exporting
-from glmtrt_helpers.fast.decoder import build_fast, export_fast
 from glmtrt_helpers.patches import patching
 
 
@@ -20,7 +19,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     checkpoint = open_checkpoint(directory)
     for dtype in ("fp16", "fp32"):
         exporting.export_model(checkpoint, dtype)
-        export_fast(checkpoint, dtype)
         build_engine(checkpoint, dtype, chat_profiles(checkpoint, Range(1, 1, 4)))
-        build_fast(checkpoint, dtype, chat_profiles(checkpoint, Range(1, 1, 4)))
     return checkpoint

@@ -1,15 +1,12 @@
 """Every weight is an address in a shard, or an input; none is copied into the graph."""
 
-import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export.exporting import onnx_path
-from glmtrt_helpers.export.weights_in_shards import make_inputs
 
 
 @pytest.mark.parametrize("dtype", loading.DTYPES)
@@ -31,13 +28,3 @@ def test_every_weight_is_an_address_in_a_shard_and_nothing_is_copied(exported: C
     itemsize = 2 if dtype == "fp16" else 4
     assert inside < 2 * exported.max_length * exported.head_size // 2 * itemsize + 2_000  # two tables and scalars
     assert path.stat().st_size < 300_000
-
-
-def test_weights_become_inputs_in_the_order_of_the_graph() -> None:
-    weights = {name: ir.Value(name=name, const_value=ir.tensor(np.ones(2, np.float32))) for name in ("a", "b", "c")}
-    added = ir.node("Add", [weights["a"], weights["b"]])
-    scaled = ir.node("Mul", [added.outputs[0], weights["c"]])
-    graph = ir.Graph([], scaled.outputs, nodes=[added, scaled], initializers=weights.values())
-    make_inputs(ir.Model(graph, ir_version=8), {"a", "b"})
-    assert [value.name for value in graph.inputs] == ["a", "b"] and list(graph.initializers) == ["c"]
-    assert all(value.const_value is None for value in graph.inputs) and list(added.inputs) == graph.inputs[:]

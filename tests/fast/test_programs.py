@@ -1,8 +1,6 @@
 """decoder.cu on the host, thread by thread, against the specification's formulas in fp64; both programs compiled."""
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.host_decoder import compile_decoder
 
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.loading import load_bounded
@@ -25,7 +24,6 @@ from glmtrt_helpers.sessions.decode_loop import generate
 from glmtrt_helpers.sessions.pytorch import TorchSession
 from glmtrt_helpers.standin.conversations import load_corpus
 
-HERE = Path(__file__).parent
 FULL = programs.Sizes(hidden=4096, heads=32, inner=16384, warps=16, unit=1024)
 # Compute capability, multiprocessors, bytes of shared memory that a block may have.
 CARDS = [((8, 0), 108, 166912), ((8, 6), 84, 101376), ((8, 9), 128, 101376), ((9, 0), 132, 232448),
@@ -115,29 +113,10 @@ Run = Callable[..., tuple[dict[str, np.ndarray], np.ndarray]]
 )
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Run]:
     """The program for a size, on a number of blocks, as a function of the rows."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is missing")
     hidden, blocks = request.param
     sizes = programs.Sizes(hidden, heads=4, inner=4 * hidden, warps=4, unit=128)
-    options = programs.defines(sizes, blocks, shared=sizes.rest + 256 * -(-hidden // 8 // blocks) + 3 * sizes.stage)
-    assert options["STAGES"] == 3
-    target = tmp_path_factory.mktemp("decoder") / "decoder.so"
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O1",
-        "-ffp-contract=off",
-        "-pthread",
-        "-w",
-        "-shared",
-        "-fPIC",
-        "-o",
-        str(target),
-    ]
-    command += [f"-D{name}={value}" for name, value in options.items()] + [f"-I{programs.HERE}"]
-    subprocess.run([*command, str(HERE / "decoder_on_cpu.cpp")], check=True)
-    library, model = ctypes.CDLL(str(target)), Model(sizes)
+    library = compile_decoder(sizes, blocks, tmp_path_factory.mktemp("decoder"))
+    model = Model(sizes)
 
     def run(
         rows: np.ndarray, kernel: int, cache: np.ndarray, epoch: int = 0

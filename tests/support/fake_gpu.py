@@ -1,7 +1,7 @@
 """A fake GPU: CUDA's calls on the host's memory, and engines that ONNX Runtime runs from raw addresses.
 
-It replaces `cuda-python` below `engines.cuda`, TensorRT below `engines.runner` and the kernels of `fast.kernels`, so
-that tests on any machine cover what sessions do with addresses, pitches, profiles and graphs. It is stricter than a
+It replaces `cuda-python` below `engines.cuda` and TensorRT below `engines.runner`, so that tests on any machine cover
+what sessions do with addresses, pitches, profiles and graphs. It is stricter than a
 GPU: memory is filled with NaN, each copy must lie inside one allocation and each shape inside the selected profile, and
 what is captured runs when it is launched, not before.
 """
@@ -20,8 +20,6 @@ from cuda.bindings import runtime as real
 from glmtrt_helpers.core import tensorrt_package
 from glmtrt_helpers.engines import cuda, runner
 from glmtrt_helpers.engines.plan_info import PlanInfo, read_info
-from glmtrt_helpers.fast import kernels
-from glmtrt_helpers.fast.session import attend, turn
 
 OK = (real.cudaError_t.cudaSuccess,)
 BAD = (real.cudaError_t.cudaErrorInvalidValue,)
@@ -188,52 +186,6 @@ class FakeContext:
         return True
 
 
-class FakeKernels:
-    """`kernels.Kernels` in NumPy, over raw addresses."""
-
-    def __init__(self, gpu: FakeCuda, heads: int, head_size: int, dtype: np.dtype):
-        kernels.check_head_size(head_size, dtype)
-        self.gpu, self.heads, self.size, self.dtype = gpu, heads, head_size, dtype
-        gpu.blocks[id(self)] = np.zeros(0, np.uint8)  # until it is unloaded
-
-    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        assert self.gpu._inside(address, nbytes), f"{shape} at {address} is not inside one allocation"
-        return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
-
-    def attend(self, addresses: list[int], batch: int, room: int, tokens: int, stream: Any) -> None:
-        heads, size = self.heads, self.size
-        blocks, span = kernels.blocks_of(tokens, batch * heads)
-        cache, turning = (batch, room, heads, size), (batch, size)
-        shapes = [(batch, heads, 3, size), (heads, 3, size), turning, turning, cache, cache, (batch, heads, size)]
-        kinds = [self.dtype] * len(shapes) + [np.int64, np.float32, np.uint32]
-        shapes += [(batch,), (batch * heads * blocks, size + 2), (batch, heads)]
-        mixed, bias, cos, sin, keys, values, seen, places, _, arrived = (
-            self._view(*each) for each in zip(addresses, shapes, kinds, strict=True)
-        )
-
-        def work() -> None:
-            assert not arrived.any() and places.max() < min(room, blocks * span)
-            query, key, value = turn(mixed, bias, cos, sin)
-            for row, place in enumerate(places):
-                keys[row, place], values[row, place] = key[row], value[row]
-                seen[row] = attend(query[row], keys[row, : place + 1], values[row, : place + 1])
-
-        self.gpu._do(work)
-
-    def advance(self, position_ids: int, places: int, batch: int, stream: Any) -> None:
-        positions, at = self._view(position_ids, (batch, 2), np.int64), self._view(places, (batch,), np.int64)
-
-        def work() -> None:
-            positions[:, 1] += 1
-            at[...] += 1
-
-        self.gpu._do(work)
-
-    def unload(self) -> None:
-        del self.gpu.blocks[id(self)]
-
-
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Replace the driver, the GPU and TensorRT's runtime until the test ends."""
     gpu = FakeCuda()
@@ -249,5 +201,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         )
 
     monkeypatch.setattr(runner, "load_plan", load_plan)
-    monkeypatch.setattr(kernels, "Kernels", lambda _, *sizes: FakeKernels(gpu, *sizes))
     return gpu

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from glmtrt_helpers.bench.static_decoder import StaticDecoder
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
-from glmtrt_helpers.fast.static_decoder import StaticDecoder
 from glmtrt_helpers.inputs import positions_and_mask
 from glmtrt_helpers.sessions.pytorch import TorchSession
 
