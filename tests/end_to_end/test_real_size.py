@@ -24,6 +24,8 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines import cuda, plan_info
 from glmtrt_helpers.engines.memory_prediction import EngineMemory, predict_memory
+from glmtrt_helpers.engines.session import TensorRTSession
+from glmtrt_helpers.fast import memory_prediction as one_kernel
 from glmtrt_helpers.graphs import reference, verification
 from glmtrt_helpers.graphs.reference import CASES, references
 from glmtrt_helpers.inputs import positions_and_mask

@@ -27,6 +27,7 @@ from glmtrt_helpers.engines import cuda
 from glmtrt_helpers.engines.builder import BuildOptions, build_engine
 from glmtrt_helpers.engines.profiles import Profile, Range
 from glmtrt_helpers.engines.session import TensorRTSession
+from glmtrt_helpers.fast.cuda_session import CudaSession
 from glmtrt_helpers.graphs import verification
 from glmtrt_helpers.graphs.reference import CASES, Case
 from glmtrt_helpers.inputs import positions_and_mask
