@@ -13,8 +13,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# A test process for each core, each with one thread for its matmuls, or they would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+# A test process for each core, each with one thread for its matmuls, or they would wait for each other. A file's tests
+# go to one process, in the order of tests/conftest.py: groups are lost under pytest 9.2 (pytest-xdist, issue 1386).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export GLMTRT_MODEL := $(MODEL)
 
 STEPS := core checkpoints inputs sessions patches export graphs engines fast chat bench standin workbook cli

@@ -1,12 +1,14 @@
 """Fixtures: small random checkpoints with the stand-in's remote code, and the shipped checkpoint's working copy."""
 
+import fcntl
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import TINY, make_random
+from support.checkpoints import ROOT, TINY, make_random
 from support.command_line import InProcess
 
 from glmtrt_helpers.checkpoints import code_hash
@@ -77,17 +79,22 @@ def glmtrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none; what works in models/run does so one after the other.
+@pytest.fixture(autouse=True)
+def _one_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What works in models/run, notebooks and the browser, waits for whoever does so, in whatever process."""
+    if not any(map(request.node.get_closest_marker, ("notebook", "browser"))):
+        yield
+        return
+    with (ROOT / "models" / ".in_use").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
-    Those are the notebooks and, after them, the browser: they share the stand-in's working copy, so one worker of
-    pytest-xdist gets them all, and first, because they take longest.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none; notebooks come first, since they take longest, and the
+    browser last, when they are done.
     """
-    shared = [item for item in items if item.get_closest_marker("notebook") or item.get_closest_marker("browser")]
-    for item in shared:
-        item.add_marker(pytest.mark.xdist_group("models/run"))
-    items.sort(key=lambda item: (item not in shared, item.get_closest_marker("browser") is not None))
+    items.sort(key=lambda item: (not item.get_closest_marker("notebook"), bool(item.get_closest_marker("browser"))))
     if not tensorrt_package.gpus():
         for item in items:
             if item.get_closest_marker("gpu"):

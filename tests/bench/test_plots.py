@@ -97,11 +97,11 @@ def test_tokens_per_second_over_the_batch(real: Checkpoint) -> None:
 
 def test_memory_and_bounds_are_bars(real: Checkpoint) -> None:
     run = report()
-    run.memory = [{"engine": "classical", "bytes": 15 * 10**9}, {"engine": "classical", "bytes": 13 * 10**9}]
+    run.memory = [{"engine": "classical", "bytes": 15 * 10**9}, {"engine": "cuda", "bytes": 13 * 10**9}]
     axis = only_axis(plot_memory(run))
     assert [bar.get_width() for bar in axis.patches] == [15.0, 13.0]  # type: ignore[attr-defined]
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels == ["classical", "classical, several rows"]
+    assert labels == ["classical", "cuda"]
     assert drawn(axis, "weights 12.35")[0] == [WEIGHTS / 1e9] * 2
 
     least = bounds(real, run, "decode", 64, 512, "fp32")

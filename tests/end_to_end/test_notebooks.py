@@ -5,7 +5,6 @@
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -171,12 +170,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setenv(setup.MODEL_VARIABLE, setup.DEFAULT_MODEL)
     prepare_working_copy(request.param.stem)
     return Path(request.param)
-
-
-@pytest.mark.notebook
-def test_are_one_workers(request: pytest.FixtureRequest) -> None:
-    """They share models/run. pytest-xdist puts the group behind the id; a pytest that it does not know loses that."""
-    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@models/run")
 
 
 @pytest.mark.notebook
