@@ -34,7 +34,12 @@ STYLE = """<style>
 .glmtrt-user {background: #dbe9f6; margin-left: auto;}
 .glmtrt-answer {background: #f1efe9; min-height: 1.5em; min-width: 1.5em;}
 </style>"""
-WHERE = {"torch": "PyTorch on the CPU", "ort": "ONNX Runtime on the CPU", "tensorrt": "TensorRT on the GPU"}
+WHERE = {
+    "torch": "PyTorch on the CPU",
+    "ort": "ONNX Runtime on the CPU",
+    "tensorrt": "TensorRT on the GPU",
+    "cuda": "one CUDA kernel a token, on the GPU",
+}
 
 
 class Question(anywidget.AnyWidget):
