@@ -1,6 +1,7 @@
 """Build a TensorRT engine with two profiles from an ONNX file: python build_engine.py MODEL.onnx OUTPUT.plan
 
-TensorRT-RTX builds without a GPU. For the full package, import tensorrt in place of tensorrt_rtx.
+TensorRT-RTX builds without a GPU. For the full package, import tensorrt in place of tensorrt_rtx; release 10 wants
+create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)).
 """
 
 import sys

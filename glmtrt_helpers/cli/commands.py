@@ -14,7 +14,7 @@ from glmtrt_helpers.core.text import tell
 HELP = """The steps of the notebooks on the command line.
 
 Each command prints a short table and exits with 0 only if its work is done and correct. Bad input is answered with one
-line on standard error and exit code 1.
+line on standard error and exit code 1, a wrong option with the usage and exit code 2.
 """
 # rich_markup_mode: help as plain text, because loading rich takes longer than everything else in `glmtrt --help`.
 app = typer.Typer(

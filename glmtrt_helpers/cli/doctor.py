@@ -68,6 +68,12 @@ def parts() -> list[tuple[str, str, str]]:
             return f"no: needs {memory} GB of memory"
         return "yes" if free > disk * GB else f"no: needs {disk} GB of disk"
 
+    def on_gpu(memory: int) -> str:
+        largest = max((gpu.memory for gpu in gpus()), default=0)
+        if not largest:
+            return "no: needs a GPU"
+        return "yes" if largest > memory * GB else f"no: needs a GPU of {memory} GB"
+
     return [
         ("00 checkpoint", "yes", verdict(4, 14)),
         ("01 forward inputs", "yes", verdict(8, 14)),
@@ -77,6 +83,8 @@ def parts() -> list[tuple[str, str, str]]:
         ("04 verify", "yes", verdict(8, 14)),
         ("05 build", "yes", verdict(15, 27)),
         ("06 chat, on the CPU", "yes", verdict(8, 14) + ", 4 seconds per token"),
+        ("05 and 06, an engine", on_gpu(1), on_gpu(16)),
+        ("07 one kernel", on_gpu(1), on_gpu(14)),
     ]
 
 

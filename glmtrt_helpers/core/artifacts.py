@@ -17,4 +17,6 @@ def graphs_of(path: Path) -> list[Path]:
 
 def missing_graph(path: Path) -> str:
     """The error's sentence for a graph that does not exist: which one, and how to make it."""
+    if not (path.parent / "config.json").exists():
+        return f"{path} is missing: give the path of an ONNX file, or of a working copy that has one."
     return f"{path} is missing: run notebook 03_export_onnx or `glmtrt export {path.parent}{cli_options(path)}`."

@@ -75,7 +75,18 @@ def _parting(left: GraphIndex, right: GraphIndex) -> list[Difference]:
     at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(left.nodes), len(right.nodes)))
     if at == len(left.nodes) == len(right.nodes):
         return []
-    return [Difference("the first node that differs", _node_text(left, at), _node_text(right, at))]
+    both = left, right
+    own = [_attributes(index.nodes[at]) if at < len(index.nodes) else {} for index in both]
+    texts = []
+    for index, mine, other in zip(both, own, own[::-1], strict=True):
+        differing = sorted(name for name in {*mine, *other} if mine.get(name) != other.get(name))
+        shown = [mine.get(name, f"no {name}") for name in differing] if all(own) else []
+        texts.append(", ".join([_node_text(index, at), *shown]))
+    return [Difference("the first node that differs", *texts)]
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, str]:
+    return {attribute.name: str(helper.printable_attribute(attribute))[:80] for attribute in node.attribute}
 
 
 def _meanings(index: GraphIndex) -> Iterator[tuple[object, ...]]:

@@ -33,7 +33,11 @@ def test_parts_that_need_more_than_there_is_say_what(machine: SimpleNamespace) -
     machine.memory, machine.disk = 32 * GB, 20 * GB
     real = {part: verdict for part, _, verdict in doctor.parts()}
     assert real["05 build"] == "no: needs 27 GB of disk"
+    assert {small for _, small, _ in doctor.parts()} == {"yes", "no: needs a GPU"}
+    machine.gpus = [Gpu("a card", (8, 9), 15 * GB)]
     assert all(small == "yes" for _, small, _ in doctor.parts())
+    real = {part: verdict for part, _, verdict in doctor.parts()}
+    assert real["07 one kernel"] == "yes" and real["05 and 06, an engine"] == "no: needs a GPU of 16 GB"
 
 
 def test_a_gpu_is_reported_with_its_capability(machine: SimpleNamespace) -> None:

@@ -54,6 +54,15 @@ def test_a_changed_constant_is_found_at_its_node(checkpoint: Checkpoint) -> None
     assert "Mul" in first and "with 7.4" in first and "with 3" in second and "transformer.layers.1" in second
 
 
+def test_attributes_that_differ_are_shown(checkpoint: Checkpoint) -> None:
+    def damage(model: onnx.ModelProto) -> None:
+        (axis, *_) = [each for node in model.graph.node if node.op_type == "Softmax" for each in node.attribute]
+        axis.i = 1
+
+    ((first, second),) = differences(checkpoint, damage).values()
+    assert "Softmax" in first and first.endswith(", axis = -1") and second.endswith(", axis = 1")
+
+
 def test_a_node_that_reads_something_else_is_found(checkpoint: Checkpoint) -> None:
     ((first, second),) = differences(checkpoint, swap_past(1)).values()
     assert "transformer.layers.1.attention" in first and first == second, "the same node, with other inputs"

@@ -86,6 +86,9 @@ def test_weights_that_are_not_there_are_named(checkpoint: Checkpoint, look: obje
 @pytest.mark.parametrize("look", [summarize, problems])
 def test_missing_file_names_what_makes_it(tmp_path: Path, look: object) -> None:
     assert callable(look)
+    with pytest.raises(WorkbookError, match="is missing: give the path of an ONNX file, or of a working copy"):
+        look(tmp_path / "model.fp16.onnx")
+    (tmp_path / "config.json").touch()
     with pytest.raises(WorkbookError, match="run notebook 03_export_onnx or `glmtrt export"):
         look(tmp_path / "model.fp16.onnx")
 
