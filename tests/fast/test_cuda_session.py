@@ -79,6 +79,7 @@ def test_tokens_of_padded_rows_are_pytorchs(
     assert session.card.steps[0] == sum(map(len, both)) and set(session.card.steps[1:5]) == {2}  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_scores_and_the_cache_are_pytorchs(
     checkpoint: Checkpoint, reference: TorchSession, session: CudaSession
 ) -> None:
