@@ -42,7 +42,7 @@ test: lint
 endif
 
 test-fast: $(INSTALLED)
-	$(PYTEST) -m "not notebook and not browser and not slow"
+	$(PYTEST) --dist load -m "not notebook and not browser and not slow"
 
 fuzz: $(INSTALLED)
 	GLMTRT_FUZZ=fuzz $(PYTEST) tests/fuzz

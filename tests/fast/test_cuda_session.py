@@ -107,6 +107,7 @@ def test_scores_and_the_cache_are_pytorchs(
         assert np.abs(session.step(call) - wanted).max() < 0.01 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_rows_other_padding_or_no_room(checkpoint: Checkpoint, session: CudaSession) -> None:
     call = positions_and_mask.prefill(checkpoint, prompts(checkpoint, "hi", "a"))
     session.step(call)
@@ -142,6 +143,7 @@ def test_too_little_memory_is_told_before_any_is_taken(
     assert not gpu.blocks
 
 
+@pytest.mark.slow
 def test_the_memory_that_was_predicted_is_taken(checkpoint: Checkpoint, session: CudaSession) -> None:
     before = cuda.free_device_memory()
     session.step(positions_and_mask.prefill(checkpoint, prompts(checkpoint, "hi", "a")))
