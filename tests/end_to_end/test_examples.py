@@ -29,6 +29,8 @@ from glmtrt_helpers.inputs.prompts import chat_prompt
 from glmtrt_helpers.sessions.decode_loop import greedy
 from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
+pytestmark = pytest.mark.slow  # each exports or builds
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 QUESTIONS = ("你好", "What is a profile?")
 Run = Callable[..., str]
