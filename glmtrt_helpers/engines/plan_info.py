@@ -127,17 +127,17 @@ def open_plan(checkpoint: Checkpoint, plan: Path) -> PlanInfo:
 
 
 def check_plan(checkpoint: Checkpoint, plan: Path) -> tuple[Path, PlanInfo, Package]:
-    """The plan, its JSON and the package that runs it here. The JSON is checked before a GPU is looked for.
+    """The plan, its JSON and the package that runs it here. A GPU is looked for first: without one no plan is of use.
 
-    Raises WorkbookError as `open_plan` does, without a GPU, and for a GPU that plan or package does not support.
+    Raises WorkbookError without a GPU, as `open_plan` does, and for a GPU that plan or package does not support.
     """
-    info = open_plan(checkpoint, plan)
     cards = tensorrt_package.gpus()
     if not cards:
         raise WorkbookError(
             "no GPU, or its driver does not answer; an engine needs one: use the backend ort or torch, see "
             "`glmtrt doctor`."
         )
+    info = open_plan(checkpoint, plan)
     here = tensorrt_package.capability_text(cards[0])
     if info.compute_capabilities and here not in info.compute_capabilities:
         raise WorkbookError(

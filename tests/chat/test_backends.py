@@ -47,19 +47,25 @@ def test_a_graph_with_other_inputs_or_outputs_is_refused(
     assert status == 1 and f"is not the graph of a step of this checkpoint, which differs in {name!r}" in lines[-1]
 
 
-def test_reasons_name_what_is_missing(checkpoint: Checkpoint) -> None:
+def test_reasons_name_what_is_missing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(backends.unavailable(checkpoint)) == ["tensorrt", "cuda"]
     assert "needs an NVIDIA GPU" in backends.unavailable(checkpoint)["cuda"]
-    assert "05_build_profiles" in backends.unavailable(checkpoint)["tensorrt"]
+    assert "an engine needs one" in backends.unavailable(checkpoint)["tensorrt"]
     plan = build_engine(checkpoint, "fp16").plan
     assert "an engine needs one" in backends.unavailable(checkpoint)["tensorrt"], "the plan is fine, the GPU is missing"
-    plan.write_bytes(plan.read_bytes()[:-1])
     assert backends.best_backend(checkpoint) == ("ort", backends.unavailable(checkpoint)["tensorrt"])
+    ada = tensorrt_package.Gpu("NVIDIA GeForce RTX 4090", (8, 9), 25 * 10**9)
+    monkeypatch.setattr(tensorrt_package, "gpus", lambda: [ada])
+    assert "tensorrt" not in backends.unavailable(checkpoint)
+    plan.write_bytes(plan.read_bytes()[:-1])
     assert "is truncated" in backends.unavailable(checkpoint)["tensorrt"]
     for damage in (b"{", b"[]", b'{"format": 3}', b"\xff\xfe"):
         plan_info.info_path(plan).write_bytes(damage)
         assert backends.best_backend(checkpoint)[0] == "ort"
         assert "plan.json" in backends.unavailable(checkpoint)["tensorrt"], "a damaged JSON disables its backend alone"
+    plan.unlink()
+    assert "05_build_profiles" in backends.unavailable(checkpoint)["tensorrt"]
+    monkeypatch.setattr(tensorrt_package, "gpus", list)
     checkpoint.code.write_text(checkpoint.code.read_text() + "\n")
     assert "another version of modeling_chatglm.py" in backends.unavailable(checkpoint)["ort"]
     (checkpoint.directory / "model.fp16.onnx").unlink()

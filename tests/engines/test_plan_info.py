@@ -1,4 +1,4 @@
-"""A plan that must not be used is refused by the JSON next to it, before a GPU is looked for."""
+"""A plan that must not be used is refused by the JSON next to it, which needs no GPU; without a GPU every plan is."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def checkpoint(built: Path, tmp_path: Path) -> Checkpoint:
 @pytest.fixture(autouse=True)
 def no_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask() -> None:
-        raise AssertionError("a GPU was looked for before the JSON was read")
+        raise AssertionError("a GPU was looked for")
 
     monkeypatch.setattr(tensorrt_package, "gpus", ask)
 
@@ -107,7 +107,7 @@ def test_refused_with_one_sentence_that_says_what_to_do(checkpoint: Checkpoint, 
     damage, message = FAULTS[fault]
     damage(checkpoint)
     with pytest.raises(WorkbookError, match=message) as caught:
-        plan_info.check_plan(checkpoint, plan_of(checkpoint))
+        plan_info.open_plan(checkpoint, plan_of(checkpoint))
     assert "glmtrt build" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -131,6 +131,9 @@ def test_without_a_gpu_other_backends_are_suggested(checkpoint: Checkpoint, monk
     monkeypatch.setattr(tensorrt_package, "gpus", lambda: [])
     with pytest.raises(WorkbookError, match=r"no GPU, or its driver does not answer.*use the backend ort or torch"):
         plan_info.check_plan(checkpoint, plan_of(checkpoint))
+    plan_of(checkpoint).unlink()  # a plan would not help, so nobody is sent to build one
+    with pytest.raises(WorkbookError, match="no GPU, or its driver does not answer"):
+        plan_info.check_plan(checkpoint, plan_of(checkpoint))
 
 
 def test_an_unsupported_gpu_is_refused(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +145,9 @@ def test_an_unsupported_gpu_is_refused(checkpoint: Checkpoint, monkeypatch: pyte
     monkeypatch.setattr(tensorrt_package, "gpus", lambda: [ada])
     edit(checkpoint, compute_capabilities=["12.0"])
     with pytest.raises(WorkbookError, match=r"only for compute capability 12.0, the NVIDIA GeForce RTX 4090 has 8.9"):
+        plan_info.check_plan(checkpoint, plan_of(checkpoint))
+    plan_of(checkpoint).unlink()
+    with pytest.raises(WorkbookError, match=r"model.fp16.plan is missing: run notebook 05"):
         plan_info.check_plan(checkpoint, plan_of(checkpoint))
 
 
