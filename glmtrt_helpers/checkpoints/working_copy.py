@@ -14,15 +14,13 @@ from blake3 import blake3
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
 from glmtrt_helpers.core import records
+from glmtrt_helpers.core.artifacts import MARKER as MARKER
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import free_name, is_temporary, replacing
 from glmtrt_helpers.core.text import tell
 
 # From this size on, files are cloned or linked instead of copied.
 LINK_BYTES = 64 * 2**20
-# In every working copy: the names of the files that it mirrors, with a digest of each small one. A folder without it is
-# somebody's own.
-MARKER = ".glmtrt-working-copy.json"
 _FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file until either is written to
 
 

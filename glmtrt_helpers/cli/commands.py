@@ -175,6 +175,7 @@ def patch(
 
     The original source is kept next to it.
     """
+    from glmtrt_helpers.checkpoints.working_copy import is_working_copy
     from glmtrt_helpers.core.display import print_table
     from glmtrt_helpers.patches import patching
 
@@ -191,6 +192,8 @@ def patch(
     now = patching.check_checkpoint(directory)
     rows = [(name, before[name].state, now[name].state, _lines(now[name])) for name in before]
     print_table(["patch", "before", "now", "at line"], rows)
+    if before != now and not is_working_copy(directory):
+        tell(f"{directory} is not a working copy: its own source is patched now; --restore brings the original back.")
     if any(blocker.state == "unpatched" for blocker in now.values()):
         raise typer.Exit(1)
 

@@ -26,6 +26,7 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.checkpoints.remote_code import fp16_only, remote_line
+from glmtrt_helpers.core.artifacts import take_step
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import check_writable, replacing
 from glmtrt_helpers.core.text import shorten, tell
@@ -129,8 +130,8 @@ def _check_patched(checkpoint: Checkpoint) -> None:
     for name, blocker in patching.check_checkpoint(checkpoint.directory).items():
         if blocker.state == "unpatched":
             raise WorkbookError(
-                f"{checkpoint.code}, line {blocker.sites[0].line}, still contains the export blocker {name}: run "
-                f"notebook 02_patch_rotary_flatten or `glmtrt patch {checkpoint.directory}` first."
+                f"{checkpoint.code}, line {blocker.sites[0].line}, still contains the export blocker {name}: "
+                f"{take_step('patch', checkpoint.directory)} first."
             )
 
 

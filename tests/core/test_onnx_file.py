@@ -6,6 +6,7 @@ import onnx
 import pytest
 from onnx import helper
 
+from glmtrt_helpers.core.artifacts import MARKER
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
 
@@ -41,6 +42,11 @@ def test_text_that_is_not_utf8_is_named(text: bytes, tmp_path: Path) -> None:
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.fp16.onnx"
     (tmp_path / "config.json").touch()
+    with pytest.raises(
+        WorkbookError, match=r"missing: make a working copy with `glmtrt copy [^ ]+`, and export that\."
+    ):
+        load_graph(path)
+    (tmp_path / MARKER).touch()
     with pytest.raises(WorkbookError, match=r"missing: run notebook 03_export_onnx or `glmtrt export"):
         load_graph(path)
     for content in (b"", b"PK\x03\x04 not a graph", b"\x08"):

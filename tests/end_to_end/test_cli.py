@@ -92,8 +92,9 @@ def test_patch_check_and_restore(glmtrt: InProcess, tiny_random: Path) -> None:
     original = (tiny_random / "modeling_chatglm.py").read_bytes()
     assert glmtrt("patch", tiny_random, "--check") == (1, [])
     assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
-    for _ in range(2):  # patching a patched file is fine
-        assert glmtrt("patch", tiny_random) == (0, [])
+    told = f"{tiny_random} is not a working copy: its own source is patched now; --restore brings the original back."
+    assert glmtrt("patch", tiny_random) == (0, [told])
+    assert glmtrt("patch", tiny_random) == (0, []), "patching a patched file is fine"
     assert glmtrt("patch", tiny_random, "--check") == (0, [])
     assert glmtrt("patch", tiny_random, "--restore") == (0, [])
     assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
@@ -153,10 +154,10 @@ def test_inputs_of_a_few_layers_say_so(glmtrt: InProcess, tmp_path: Path) -> Non
     [
         (("patch", "no/such/folder"), "no/such/folder"),
         (("export", "no/such/folder"), "not a directory"),
-        (("verify", TINY), "03_export_onnx"),
+        (("verify", TINY), "and export that"),
         (("inspect", "no.onnx"), "no.onnx"),
         (("inspect", TINY / "config.json"), "config.json"),
-        (("export", TINY), "02_patch_rotary_flatten"),
+        (("export", TINY), "make a working copy with `glmtrt copy "),
         (("patch", TINY, "--restore"), "nothing to restore"),
     ],
 )

@@ -14,6 +14,7 @@ from support.checkpoints import to_bin
 
 from glmtrt_helpers.checkpoints import loading
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.onnx_file import load_graph
 from glmtrt_helpers.export import exporting
@@ -121,8 +122,11 @@ def test_a_source_whose_trace_loses_an_input_is_refused(tiny_random: Path) -> No
 
 
 def test_refuses_an_unpatched_source_by_the_blockers_name(tiny_random: Path) -> None:
-    with pytest.raises(WorkbookError, match=r"export blocker rotary_flatten.*02_patch_rotary_flatten"):
+    with pytest.raises(WorkbookError, match=r"export blocker rotary_flatten: make a working copy with `glmtrt copy"):
         exporting.export_model(open_checkpoint(tiny_random))
+    copy = make_working_copy(tiny_random)
+    with pytest.raises(WorkbookError, match=r"export blocker rotary_flatten: run notebook 02_patch_rotary_flatten or"):
+        exporting.export_model(open_checkpoint(copy))
     assert not list(tiny_random.glob("*.onnx"))
 
 

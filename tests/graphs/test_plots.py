@@ -70,5 +70,5 @@ def test_netron_serves_the_graph_and_leaves_logging_alone(
 
 def test_a_missing_graph_is_an_error_and_not_a_blank_frame(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    with pytest.raises(WorkbookError, match="run notebook 03_export_onnx or `glmtrt export"):
+    with pytest.raises(WorkbookError, match="make a working copy with `glmtrt copy"):
         netron_view(tmp_path / "model.fp16.onnx")

@@ -89,7 +89,7 @@ def test_missing_file_names_what_makes_it(tmp_path: Path, look: object) -> None:
     with pytest.raises(WorkbookError, match="is missing: give the path of an ONNX file, or of a working copy"):
         look(tmp_path / "model.fp16.onnx")
     (tmp_path / "config.json").touch()
-    with pytest.raises(WorkbookError, match="run notebook 03_export_onnx or `glmtrt export"):
+    with pytest.raises(WorkbookError, match="make a working copy with `glmtrt copy"):
         look(tmp_path / "model.fp16.onnx")
 
 
