@@ -69,6 +69,7 @@ def _run(arguments: list[str]) -> int:
     except typer.Exit as ended:
         return int(ended.exit_code)
     except usage_error as error:  # type: ignore[misc]
+        error.message = error.message.removeprefix("Value error, ")  # of pydantic, with which typer checks options
         error.show()
         return 2
     return 0

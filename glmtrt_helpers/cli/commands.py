@@ -285,7 +285,7 @@ def verify(
     selected = [each for each in CASES if not case or any(part in each.name for part in case)]
     for part in case or ():
         if not part or not any(part in each.name for each in CASES):
-            names = ", ".join(each.name for each in CASES)
+            names = ", ".join(repr(each.name) for each in CASES)  # some have a comma
             raise typer.BadParameter(f"{part!r} is part of no case's name: {names}.", param_hint="--case")
     result = verification.verify(open_checkpoint(directory), dtype, selected, onnx, progress=say)
     print_rich(result)

@@ -381,13 +381,14 @@ def test_a_value_outside_an_options_range_is_a_usage_error(
     ("name", "arguments", "says"),
     [
         ("verify", "DIR --case= ", "--case"),
-        ("verify", "DIR --case nothing", "--case"),
+        ("verify", "DIR --case nothing", "part of no case's name: 'one token, no past', 'prompt', 'decode', "),
         ("build", "DIR --past 1,2", "--past"),
         ("build", "DIR --prompt 0,1,2", "--prompt"),
         ("build", "DIR --batch 3,2,1", "--batch"),
         ("patch", "DIR --check --restore", "--restore"),
         ("export", "", "directory"),
         ("chat", "DIR --no-such-option", "--no-such-option"),
+        ("chat", "DIR --backend y", "'--backend': 'y' is not one of 'torch', "),
     ],
 )
 def test_other_usage_errors(end: Callable[..., Ended], name: str, arguments: str, says: str) -> None:
