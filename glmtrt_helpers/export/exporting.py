@@ -149,7 +149,7 @@ def with_linkable_shards(checkpoint: Checkpoint, progress: Callable[[str], None]
         if file.is_symlink():
             raise WorkbookError(
                 f"{file} is a symbolic link, which ONNX Runtime does not follow: run `glmtrt copy "
-                f"{checkpoint.directory}`, whose working copy has hard links, and export there."
+                f"{checkpoint.directory}`, whose working copy has none, and export there."
             )
     return checkpoint
 
