@@ -186,14 +186,29 @@ def _frozen(kind: str, before: tuple[int | str, ...], target: tuple[int | None, 
     if kind == "Expand":
         pairs = zip(before[::-1], target[::-1], strict=False)
         return tuple(size for old, size in pairs if isinstance(old, str) and size is not None and size > 1)
-    if len(before) == len(target) and any(old == new and old != 1 for old, new in zip(before, target, strict=True)):
-        # The other axes are kept, so an axis of size 1 in place of a dynamic one is a batch of 1, and no new axis.
-        ones = [new for old, new in zip(before, target, strict=True) if isinstance(old, str) and new == 1]
+    if kept := _kept_axes(before, target):
+        # The axes stay in place, so one of size 1 instead of a dynamic one is a batch of 1, and no new axis.
+        ones = [new for old, new in zip(before[:kept], target[:kept], strict=True) if isinstance(old, str) and new == 1]
         if ones:
             return tuple(ones)
     left = math.prod(n if isinstance(n, int) else math.prod(map(int, _FACTOR.findall(n))) for n in before)
     sizes = [size for size in target if size is not None and size > 1]
     return () if left % math.prod(sizes) == 0 else tuple(sizes)
+
+
+def _kept_axes(before: tuple[int | str, ...], target: tuple[int | None, ...]) -> int:
+    """The number of leading axes that a Reshape keeps in their places, as far as constant sizes show it; else 0.
+
+    They show it where an axis keeps its size, or where the axes after them are split or merged, as 64 into 4 x 16.
+    """
+    if len(before) == len(target) and any(old == new and old != 1 for old, new in zip(before, target, strict=True)):
+        return len(before)
+    for kept in range(1, min(len(before), len(target))):
+        old, new = before[kept:], target[kept:]
+        sizes = [size for size in (*old, *new) if isinstance(size, int)]
+        if len(sizes) == len(old) + len(new) and math.prod(sizes[: len(old)]) == math.prod(sizes[len(old) :]) != 1:
+            return kept
+    return 0
 
 
 def _misplaced_weights(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:

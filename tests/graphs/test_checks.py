@@ -147,6 +147,11 @@ def graph_with(node: str) -> onnx.ModelProto:
         ("shape = Constant <value_ints = [2, -1, 64]> () output = Reshape (hidden, shape)", "a part of 2 x 64:"),
         ("shape = Constant <value_ints = [-1, 5, 64]> () output = Reshape (hidden, shape)", "a part of 5 x 64:"),
         ("shape = Constant <value_ints = [2, 5, 64]> () output = Expand (hidden, shape)", "a part of 5 x 2:"),
+        ("shape = Constant <value_ints = [1, 0, 4, 16]> () output = Reshape (hidden, shape)", "a part of 1:"),
+        ("shape = Constant <value_ints = [1, -1, 4, 16]> () output = Reshape (hidden, shape)", "a part of 1:"),
+        ("shape = Constant <value_ints = [1, 5, 4, 16]> () output = Reshape (hidden, shape)", "a part of 1:"),
+        ("shape = Constant <value_ints = [0, 0, 4, 16]> () output = Reshape (hidden, shape)", ""),
+        ("shape = Constant <value_ints = [1, 0, -1, 64]> () output = Reshape (hidden, shape)", ""),  # a new axis
         ("shape = Constant <value_ints = [0, 0, 64]> () output = Reshape (hidden, shape)", ""),
         ("shape = Constant <value_ints = [1, 1, 64]> () output = Expand (hidden, shape)", ""),
         ("shape = Constant <value_ints = [0, -1, 16]> () output = Reshape (hidden, shape)", ""),
