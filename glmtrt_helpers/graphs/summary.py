@@ -14,6 +14,9 @@ from rich.table import Table
 
 from glmtrt_helpers.checkpoints.identity import open_export
 from glmtrt_helpers.core.onnx_file import location as location
+from glmtrt_helpers.graphs.scopes import GraphIndex
+
+_MULTIPLY = ("MatMul", "Gemm", "Conv")  # by weights, if one of their inputs is a constant
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,12 @@ def summarize(onnx_path: str | Path) -> GraphSummary:
     export = open_export(path)
     model = export.model
     kinds = Counter(node.op_type for node in model.graph.node)
-    weights = [tensor for tensor in model.graph.initializer if is_weight(tensor)]
     return GraphSummary(
         path=path,
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         opset=next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
         nodes=dict(kinds.most_common()),
-        parameters=sum(_elements(tensor) for tensor in weights),
+        parameters=sum(math.prod(tensor.dims) for tensor in _parameters(model)),
         weight_bytes=sum(tensor.nbytes for tensor in export.external),
         file_bytes=path.stat().st_size,
         inputs=[describe(value) for value in true_inputs(model)],
@@ -96,5 +98,9 @@ def is_weight(tensor: onnx.TensorProto) -> bool:
     return bool(tensor.external_data) or tensor.name.endswith((".weight", ".bias"))
 
 
-def _elements(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims)
+def _parameters(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """All weights, each once: also those in the file that an exporter transposed and named anew, known by their use."""
+    index = GraphIndex(model)
+    used = [name for node in index.nodes if node.op_type in _MULTIPLY for name in node.input]
+    tensors = [*filter(is_weight, model.graph.initializer), *(tensor for name in used for tensor in index.stored(name))]
+    return [*{id(t): t for t in tensors if t.data_type != onnx.TensorProto.INT64 and math.prod(t.dims) > 1}.values()]

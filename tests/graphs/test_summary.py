@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import parser
 from rich.console import Console
 from support.exporting import editing, path_of, replace_weight
 
@@ -37,6 +38,21 @@ def test_summary_counts_what_the_checkpoint_holds(checkpoint: Checkpoint, dtype:
     assert shapes["past_key_values.1.value"] == (numpy_name, ("past", "batch", 4, 16))
     assert shapes["present.1.value"] == (numpy_name, ("total", "batch", 4, 16))
     assert shapes["logits"] == (numpy_name, ("batch", "sequence", checkpoint.vocab_size))
+
+
+def test_weights_inside_the_file_are_counted_under_any_name(tmp_path: Path) -> None:
+    """As another exporter leaves them: transposed under a new name, in a Constant, read twice, behind a Transpose."""
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[batch, 4] x) => (float[batch, 4] output)
+        <float[4, 2] val_1 = {1, 2, 3, 4, 5, 6, 7, 8}, float[3] table = {1, 2, 3}, float[1] half = {0.5}> {
+            halved = Mul (x, half)
+            narrow = MatMul (halved, val_1)
+            square = Constant <value = float[2, 2] {1, 2, 3, 4}> ()
+            turned = MatMul (narrow, square)
+            again = MatMul (turned, square)
+            wide = Transpose <perm = [1, 0]> (val_1)
+            output = MatMul (again, wide) }"""
+    onnx.save(parser.parse_model(text), tmp_path / "model.onnx")
+    assert summarize(tmp_path / "model.onnx").parameters == 8 + 4
 
 
 def test_summary_prints_every_figure(checkpoint: Checkpoint) -> None:
