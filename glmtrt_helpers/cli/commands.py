@@ -448,9 +448,20 @@ def chat(
 def workbook(
     model: Annotated[str, typer.Option(help="the checkpoint to run them on")] = "models/chatglm_tiny",
     output: Annotated[Path, typer.Option(help="folder for the executed copies")] = Path("build/notebooks"),
+    only: Annotated[list[str] | None, typer.Option(help="only the notebook of this number, as 06; repeatable")] = None,
 ) -> None:
-    """Execute every notebook in order, each in a clean kernel."""
+    """Execute every notebook in order, each in a clean kernel.
+
+    One of --only reads what the notebooks before it have left in the working copy, and says what is missing there.
+    """
     from glmtrt_helpers.workbook import run_notebooks
 
-    tell(f"Executing {len(run_notebooks.notebooks())} notebooks on {model} into {output}", sys.stdout)
-    run_notebooks.run_all(model, output)
+    paths = {path.name[:2]: path for path in run_notebooks.notebooks()}
+    for number in only or ():
+        if number not in paths:
+            raise typer.BadParameter(
+                f"there is no notebook {number!r}: choose {', '.join(paths)}.", param_hint="--only"
+            )
+    selected = [path for number, path in paths.items() if number in (only or paths)]
+    tell(f"Executing {len(selected)} notebooks on {model} into {output}", sys.stdout)
+    run_notebooks.run_all(model, output, selected)

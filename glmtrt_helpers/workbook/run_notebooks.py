@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -111,8 +112,8 @@ def _execute(client: NotebookClient) -> None:
             signal.signal(number, handler)
 
 
-def run_all(model: str, output: Path) -> None:
-    """Execute every notebook on `model`, with progress, into `output`."""
+def run_all(model: str, output: Path, paths: Sequence[Path]) -> None:
+    """Execute notebooks on `model`, with progress, into `output`."""
     os.environ[MODEL_VARIABLE] = model
     checkpoint = open_checkpoint(ROOT / model)
     generate = not generates_too_slowly(checkpoint)
@@ -121,7 +122,6 @@ def run_all(model: str, output: Path) -> None:
     if not generate:
         print("Cells that generate text show saved results, each marked: without a GPU an answer would take minutes.")
     announce(checkpoint.code)
-    paths = notebooks()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         for number, path in enumerate(paths, 1):
             task = progress.add_task(f"{number}/{len(paths)} {path.stem}", total=1)

@@ -388,6 +388,7 @@ def test_a_value_outside_an_options_range_is_a_usage_error(
         ("patch", "DIR --check --restore", "--restore"),
         ("export", "", "directory"),
         ("chat", "DIR --no-such-option", "--no-such-option"),
+        ("workbook", "--only 00 --only 6", "--only: there is no notebook '6': choose 00."),
         ("chat", "DIR --backend y", "'--backend': 'y' is not one of 'torch', "),
     ],
 )

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.checkpoints import TINY
+from support.command_line import InProcess
 from support.exporting import exported_copy
 
 from glmtrt_helpers.export import exporting
+from glmtrt_helpers.workbook import run_notebooks
 
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "matplotlib", "psutil", "rich.markdown", "rich.traceback"}
 
@@ -28,6 +31,17 @@ def test_help_loads_little() -> None:
     done = run("--help", after="print(json.dumps(sorted(sys.modules)), file=sys.stderr)")
     assert "Usage:" in done.stdout and "workbook" in done.stdout
     assert not HEAVY & set(json.loads(done.stderr))
+
+
+def test_workbook_executes_all_notebooks_or_those_named(
+    glmtrt: InProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    executed: list[str] = []
+    monkeypatch.setattr(run_notebooks, "execute", lambda path, output, **_: executed.append(output.stem[:2]))
+    for only, numbers in (((), range(9)), (("--only", "06", "--only", "02"), (2, 6))):
+        assert glmtrt("workbook", "--model", TINY, "--output", tmp_path, *only)[0] == 0
+        assert executed == [f"{number:02}" for number in numbers]
+        executed.clear()
 
 
 def test_help_doctor_and_inspect_run_without_pytorch(tmp_path: Path) -> None:
