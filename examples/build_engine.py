@@ -1,7 +1,8 @@
 """Build a TensorRT engine with two profiles from an ONNX file: python build_engine.py MODEL.onnx OUTPUT.plan
 
-TensorRT-RTX builds without a GPU. For the full package, import tensorrt in place of tensorrt_rtx; release 10 wants
-create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)).
+TensorRT-RTX builds without a GPU. For the full package, which needs one, import tensorrt in place of tensorrt_rtx. Its
+release 10 computes in the precision of the graph only in a strongly typed network, which is made by
+create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)); in release 11 every network is one.
 """
 
 import sys
