@@ -85,6 +85,7 @@ def parts() -> list[tuple[str, str, str]]:
         ("06 chat, on the CPU", "yes", verdict(8, 14) + ", 4 seconds per token"),
         ("05 and 06, an engine", on_gpu(1), on_gpu(16)),
         ("07 one kernel", on_gpu(1), on_gpu(14)),
+        ("08 locate", "yes", verdict(8, 14)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Notebook 00: the whole walk from checkpoint to chat, as a table and as one picture with the files on its arrows."""
+"""Notebook 00: the whole walk, as a table and as one picture with the files on its arrows."""
 
 from dataclasses import dataclass
 
@@ -53,6 +53,20 @@ STEPS = (
         (),
         (50, 6),
     ),
+    Step(
+        "07_make_it_fast",
+        "glmtrt bench",
+        ("model.fp16.plan", "model.fp16.onnx", "modeling_chatglm.py", SHARDS),
+        (),
+        (17, 6),
+    ),
+    Step(
+        "08_debug_your_export",
+        "glmtrt locate",
+        ("model.fp16.onnx", "modeling_chatglm.py.orig", SHARDS),
+        (),
+        (84, 6),
+    ),
 )
 # From, to, and the label: a file that the first writes and the second reads, and what the picture says of it.
 ARROWS = (
@@ -65,6 +79,8 @@ ARROWS = (
     (3, 5, "model.fp16.onnx", ""),
     (3, 6, "model.fp16.onnx", ""),
     (5, 6, "model.fp16.plan", ", .plan.json"),
+    (5, 7, "model.fp16.plan", ""),
+    (3, 8, "model.fp16.onnx", ""),
 )
 
 
@@ -94,7 +110,7 @@ def draw_walk() -> Figure:
         )
     axis.set_xlim(0, 100)
     axis.set_ylim(-8, 101)
-    axis.text(50, -6, f"01, 04, 05 and 06 also read {SHARDS}, in place; only the plan of 05 holds them a second time",
+    axis.text(50, -6, f"01 and 04 to 08 also read {SHARDS}, in place; only the plan of 05 holds them a second time",
               ha="center", fontsize=8, color="#555555")  # fmt: skip
     axis.set_axis_off()
     plt.close(figure)

@@ -12,6 +12,7 @@ from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.cli import doctor
 from glmtrt_helpers.core.tensorrt_package import Gpu
 from glmtrt_helpers.engines.profiles import real_size
+from glmtrt_helpers.workbook.run_notebooks import notebooks
 
 Memory = namedtuple("Memory", "total available")
 GB = 10**9
@@ -34,6 +35,7 @@ def test_parts_that_need_more_than_there_is_say_what(machine: SimpleNamespace) -
     real = {part: verdict for part, _, verdict in doctor.parts()}
     assert real["05 build"] == "no: needs 27 GB of disk"
     assert {small for _, small, _ in doctor.parts()} == {"yes", "no: needs a GPU"}
+    assert {part[:2] for part in real} == {path.name[:2] for path in notebooks()}
     machine.gpus = [Gpu("a card", (8, 9), 15 * GB)]
     assert all(small == "yes" for _, small, _ in doctor.parts())
     real = {part: verdict for part, _, verdict in doctor.parts()}

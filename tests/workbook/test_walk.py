@@ -10,7 +10,7 @@ from glmtrt_helpers.workbook.walk import ARROWS, SHARDS, STEPS, draw_walk, walk_
 
 
 def test_every_step_is_a_notebook_and_a_command() -> None:
-    assert [step.notebook for step in STEPS] == [path.stem for path in notebooks()][: len(STEPS)]
+    assert [step.notebook for step in STEPS] == [path.stem for path in notebooks()]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert all(step.command.removeprefix("glmtrt ") in commands for step in STEPS)
 
