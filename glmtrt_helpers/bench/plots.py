@@ -196,6 +196,7 @@ def _draw_usage(axis: Axes, name: str, usage: Usage) -> None:
     axis.stackplot(seconds, [anonymous, mapped], colors=colours, labels=["anonymous", "file-backed"])
     axis.set_title(f"{name}: at most {usage.peak_anonymous / 1e9:.2f} GB anonymous", loc="left")
     place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (3, 0), "textcoords": "offset points"}
+    place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a later phase may begin behind the name
     for number, (begin, phase) in enumerate(usage.phases):
         axis.axvline(begin, color=display.DECODE, linewidth=0.8)
         axis.annotate(phase, (begin, 0.97 - 0.11 * (number % 4)), fontsize=8, va="top", color="#8a4b08", **place)

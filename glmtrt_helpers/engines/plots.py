@@ -92,7 +92,7 @@ def draw_memory(memory: EngineMemory) -> Figure:
     for size in CARDS:
         there = size * 2**30 / 1e9
         axis.axvline(there, color="#555555", linestyle=":")
-        axis.annotate(f"{size} GB card", (there, 0.42), fontsize=8, ha="right", rotation=0)
+        axis.annotate(f"{size} GB card", (there, 0.42), (-4, 0), textcoords="offset points", fontsize=8, ha="right")
     axis.set_ylim(-0.4, 0.6)
     axis.set_xlim(0, max(54.0, 1.05 * left))
     axis.set_yticks([])

@@ -36,13 +36,15 @@ def plot_layer_errors(errors: Sequence[LayerError], title: str = "", what: str =
     first = first_difference(errors)
     if first:
         at = list(errors).index(first)
+        late = at > 2 / 3 * len(errors)  # then the name has no room on the right
         axis.axvline(at, color=display.ALARM, linewidth=1)
         axis.annotate(
             f"first over tolerance: {first.name}",
             (at, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -4),
+            xytext=(-4 if late else 4, -4),
             textcoords="offset points",
+            ha="right" if late else "left",
             color=display.ALARM,
             va="top",
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from glmtrt_helpers.core.display import BEFORE, DECODE, HIDDEN, PADDING, PREFILL, SEEN
 from glmtrt_helpers.core.text import printable
@@ -56,15 +57,17 @@ def _label(piece: str) -> str:
 
 def draw_positions(flat: Mapping[str, torch.Tensor], pieces: Sequence[str], row: int = 0) -> Figure:
     """The two rows of position_ids over the tokens of one sequence."""
-    positions = flat["position_ids"][row]
-    figure, axis = plt.subplots(figsize=(max(5.0, 0.32 * len(pieces)), 2.6))
-    for line, (name, colour) in enumerate((("position", PREFILL), ("block position", DECODE))):
-        values = positions[line].tolist()
+    position, block = flat["position_ids"][row].tolist()
+    figure, axis = plt.subplots(figsize=(max(5.0, 0.32 * len(pieces)), 2.8))
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
+    for values, name, colour in ((position, "position", PREFILL), (block, "block position", DECODE)):
         axis.plot(values, drawstyle="steps-mid", color=colour, label=name)
         for x, value in enumerate(values):
-            axis.annotate(
-                str(value), (x, value), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=7, color=colour
-            )
+            # The upper line has its number above it, the lower one below, so that none is printed over another.
+            above = position[x] > block[x] if values is position else block[x] >= position[x]
+            end, shift = ("bottom", 3) if above else ("top", -3)
+            axis.annotate(str(value), (x, value), xytext=(0, shift), va=end, color=colour, **place)
+    axis.margins(y=0.12)
     axis.set_xticks(range(len(pieces)), [_label(piece) for piece in pieces], rotation=90, fontsize=8)
     axis.legend(frameon=False, loc="upper left")
     plt.close(figure)
@@ -80,6 +83,7 @@ def draw_calls(calls: Sequence[Call]) -> Figure:
     axis.bar(index, [call.sequence for call in calls], bottom=[call.past for call in calls], color=colours)
     axis.bar([0], [0], color=PREFILL, label="prefill")
     axis.bar([0], [0], color=DECODE, label="decode")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("call of forward")
     axis.set_ylabel("tokens")
     axis.legend(frameon=False, loc="upper left", ncols=3)

@@ -21,6 +21,8 @@ def test_the_plot_marks_the_first_point_over_its_tolerance(checkpoint: Checkpoin
     (axis,) = plot_layer_errors(errors).axes
     assert axis.get_yscale() == "log" and "largest" in axis.get_ylabel()
     assert [text.get_text() for text in axis.texts] == ["first over tolerance: layer 1 mlp"]
+    axis.figure.canvas.draw()
+    assert axis.texts[0].get_window_extent().x1 < axis.get_window_extent().x1, "beside a late point, its left has room"
     lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axis.lines}
     at = [error.name for error in errors].index("layer 1 mlp")
     assert lines["the graph"][at] == pytest.approx(errors[at].error / errors[at].scale)

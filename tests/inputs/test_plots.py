@@ -1,13 +1,14 @@
-"""The plots of notebook 01 say what is seen, hidden and padding."""
+"""The plots of notebook 01 say what is seen, hidden and padding, and print no number over another."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
 from glmtrt_helpers.core.display import HIDDEN, PADDING, SEEN
-from glmtrt_helpers.inputs.examples import example_inputs
-from glmtrt_helpers.inputs.plots import draw_mask
+from glmtrt_helpers.inputs.examples import example_inputs, prompt_inputs
+from glmtrt_helpers.inputs.plots import draw_mask, draw_positions
 
 
 def test_a_mask_has_titles_and_a_legend_with_padding(tiny_random: Path) -> None:
@@ -22,3 +23,15 @@ def test_a_mask_has_titles_and_a_legend_with_padding(tiny_random: Path) -> None:
     # Two columns of padding in the second row of the batch, and none in the first.
     shown = [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
     assert (shown[0] < 2).all() and (shown[1][:, :2] == 2).all() and (shown[1][:, 2:] < 2).all()
+
+
+def test_no_number_of_a_position_is_printed_over_another(tiny_random: Path) -> None:
+    checkpoint = open_checkpoint(tiny_random)
+    gmask, sop = (int(checkpoint.config[name]) for name in ("gmask_token_id", "bos_token_id"))
+    ids = [5, 6, gmask, sop, 7, 8, 9]
+    figure = draw_positions(prompt_inputs(checkpoint, [ids]), list(map(str, ids)))
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    places = [text.get_window_extent() for text in axis.texts]
+    assert len(places) == 2 * len(ids) and not any(one.overlaps(other) for one, other in combinations(places, 2))
+    assert min(place.y0 for place in places) > axis.get_window_extent().y0
