@@ -55,7 +55,7 @@ def test_a_source_that_fails_while_it_is_measured_is_one_sentence(tiny_random: P
 
 def test_a_runner_that_needs_a_gpu_is_refused_without(tmp_path: Path) -> None:
     made = runners.runners(exported_copy(tmp_path), "fp16")
-    needs = {"torch-graph": "CUDA graphs need", "torch-compile": "CUDA graphs need", "classical": "is missing"}
+    needs = {"torch-graph": "CUDA graphs need", "torch-compile": "CUDA graphs need", "classical": "no GPU"}
     for name, says in (needs | {"cuda": "the one-kernel engine"}).items():
         with pytest.raises(WorkbookError, match=says):
             made[name]()
