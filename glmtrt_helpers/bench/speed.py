@@ -55,10 +55,12 @@ def measure(
     samples: int = SAMPLES,
     traced: Sequence[Size] = (),
     progress: Progress = lambda phase: None,
+    keep: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Measure every runner, or `only` those named, at every size that it takes; one is in memory at a time.
 
     sizes: `default_sizes` if None. traced: sizes at which the kernels of `RECORDED` are recorded, too.
+    keep: called with the report so far after each size, so that an interruption loses no more than one.
     """
     names = list(runners(checkpoint, dtype))
     unknown = sorted(set(only) - set(names))
@@ -76,7 +78,7 @@ def measure(
             report.missing[name] = str(error)
             continue
         try:
-            _measure_one(checkpoint, runner, sizes, samples, traced, report, progress)
+            _measure_one(checkpoint, runner, sizes, samples, traced, report, progress, keep)
         finally:
             runner.close()
     return report
@@ -103,6 +105,7 @@ def _measure_one(
     traced: Sequence[Size],
     report: Report,
     progress: Progress,
+    keep: Callable[[Report], None],
 ) -> None:
     build: dict[str, Any] = {"engine": runner.name, "load_seconds": runner.load_seconds}
     infos = [plan_info.read_info(plan) for plan in runner.plans()]
@@ -128,6 +131,7 @@ def _measure_one(
         floor_fraction = floor_ms(checkpoint, report, phase, batch, past) / median
         rate = 1000 * batch * length / median
         report.rows.append(Row(runner.name, phase, batch, past, runner.dtype, times, median, rate, floor_fraction))
+        keep(report)
 
 
 def sample(runner: Runner, step: Step, samples: int, back_to_back: int = 1) -> list[float]:

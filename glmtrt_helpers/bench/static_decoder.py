@@ -120,7 +120,7 @@ class StaticDecoder(nn.Module):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None,
         cache: StaticCache, past: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """S new tokens behind `past` in the cache; the mask is that of forward, (batch, 1, S, past + S), True = hidden;
+        """S new tokens after `past` in the cache; the mask is that of forward, (batch, 1, S, past + S), True = hidden;
         None where all is seen.
 
         Returns the next token (batch, 1) and the logits (batch, vocabulary) of the last position.

@@ -14,7 +14,7 @@ from blake3 import blake3
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
 from glmtrt_helpers.core import records
-from glmtrt_helpers.core.artifacts import MARKER as MARKER
+from glmtrt_helpers.core.artifacts import MARKER
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.files import free_name, is_temporary, replacing
 from glmtrt_helpers.core.text import tell

@@ -64,6 +64,14 @@ def speed(
             raise WorkbookError(f"{directory} has {checkpoint.max_length} positions: {tokens} tokens leave no room.")
     for file in filter(None, (output, trace)):
         check_writable(file)
+    command = "glmtrt " + shlex.join(sys.argv[1:])
+
+    def keep(report: results.Report) -> None:
+        if output:
+            results.save(output, checkpoint, report, command)
+        if trace:
+            results.save_traces(trace, report, command)
+
     sizes = (past or (), prompt or (), batch or ())
     report = speed.measure(
         checkpoint,
@@ -73,6 +81,7 @@ def speed(
         samples=samples,
         traced=speed.TRACED if trace else (),
         progress=say,
+        keep=keep,
     )
     columns = ["engine", "phase", "batch", "tokens", "ms", "tokens per second", "of the limit"]
     rows = [
@@ -82,11 +91,7 @@ def speed(
     print_table(columns, rows, f"{report.copy_bandwidth_gb_s:.0f} GB/s, {report.matrix_tflop_s:.2f} TFLOP/s")
     for what, why in report.missing.items():
         tell(f"not measured: {what}: {why}")
-    command = "glmtrt " + shlex.join(sys.argv[1:])
-    if output:
-        results.save(output, checkpoint, report, command)
-    if trace:
-        results.save_traces(trace, report, command)
+    keep(report)
 
 
 @app.command()

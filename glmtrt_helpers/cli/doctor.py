@@ -68,10 +68,10 @@ def parts() -> list[tuple[str, str, str]]:
             return f"no: needs {memory} GB of memory"
         return "yes" if free > disk * GB else f"no: needs {disk} GB of disk"
 
-    def on_gpu(memory: int) -> str:
-        largest = max((gpu.memory for gpu in gpus()), default=0)
+    def on_gpu(memory: int, oldest: tuple[int, int] = (0, 0)) -> str:
+        largest = max((gpu.memory for gpu in gpus() if gpu.capability >= oldest), default=0)
         if not largest:
-            return "no: needs a GPU"
+            return "no: needs a GPU" + f" of compute capability {oldest[0]}.{oldest[1]}" * (oldest > (0, 0))
         return "yes" if largest > memory * GB else f"no: needs a GPU of {memory} GB"
 
     return [
@@ -84,7 +84,7 @@ def parts() -> list[tuple[str, str, str]]:
         ("05 build", "yes", verdict(15, 27)),
         ("06 chat, on the CPU", "yes", verdict(8, 14) + ", 4 seconds per token"),
         ("05 and 06, an engine", on_gpu(1), on_gpu(16)),
-        ("07 one kernel", on_gpu(1), on_gpu(14)),
+        ("07 one kernel", on_gpu(1, (8, 0)), on_gpu(14, (8, 0))),
         ("08 locate", "yes", verdict(8, 14)),
     ]
 

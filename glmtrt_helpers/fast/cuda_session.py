@@ -21,7 +21,8 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines import cuda
 from glmtrt_helpers.fast import memory_prediction, programs
 from glmtrt_helpers.fast.masks import read_mask
-from glmtrt_helpers.fast.products import Kind, Products
+from glmtrt_helpers.fast.memory_prediction import ROWS
+from glmtrt_helpers.fast.products import Kind, Products, load_library
 from glmtrt_helpers.fast.weights import EMBEDDING, HEAD, Weights, layer_weights, rotary_tables, weight_sizes
 from glmtrt_helpers.sessions.base import Limits, Session
 
@@ -49,14 +50,35 @@ class CudaSession(Session):
 
     @staticmethod
     def check(checkpoint: Checkpoint, dtype: str = "fp16") -> programs.Sizes:
-        """What the programs are compiled for; WorkbookError where this checkpoint cannot run here in dtype."""
+        """What the programs are compiled for. Raises WorkbookError where this checkpoint cannot run here in dtype.
+
+        Nothing is allocated: a default backend is chosen by this.
+        """
         if dtype != "fp16":
             raise WorkbookError(
                 f"the one-kernel engine computes in fp16: leave --dtype {dtype} out, or take torch or ort."
             )
         if not tensorrt_package.gpus():
             raise WorkbookError("the one-kernel engine needs an NVIDIA GPU and its driver: take another backend.")
-        return programs.sizes_of(checkpoint)
+        sizes, gpu = programs.sizes_of(checkpoint), tensorrt_package.gpus()[0]
+        if gpu.capability < programs.OLDEST:
+            raise WorkbookError(
+                f"the one-kernel engine needs a GPU of compute capability 8.0 or later, and the {gpu.name} has "
+                f"{tensorrt_package.capability_text(gpu)}: take another backend."
+            )
+        if not checkpoint.is_safetensors:
+            raise WorkbookError(
+                f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working "
+                "copy with `glmtrt copy`, and let `glmtrt export` convert it."
+            )
+        needed = memory_prediction.predict_memory(checkpoint).total
+        if gpu.memory < needed:
+            raise WorkbookError(
+                f"the one-kernel engine takes {needed / 1e9:.1f} GB for one chat, and the {gpu.name} has "
+                f"{gpu.memory / 1e9:.1f}: take another backend."
+            )
+        load_library()
+        return sizes
 
     def __init__(self, checkpoint: Checkpoint, bulk: bool | None = None, shared: int | None = None):
         sizes = self.check(checkpoint)
@@ -99,7 +121,7 @@ class CudaSession(Session):
 
     def _hold_small(self) -> None:
         """The tables, and what a step of decoder.cu reads and writes."""
-        place, layers, rows = self._weights.places, self.checkpoint.num_layers, programs.ROWS
+        place, layers, rows = self._weights.places, self.checkpoint.num_layers, ROWS
         table = np.array([[place[layer_weights(n)[name]] for name in programs.LAYER] for n in range(layers)], np.uint64)
         cos, sin = rotary_tables(self.checkpoint.max_length, self.sizes.head)
         hidden, pieces = 4 * self.sizes.hidden, self.sizes.heads * programs.PIECES * (self.sizes.head + 4)
@@ -203,16 +225,14 @@ class CudaSession(Session):
 
     # -- The cache
 
-    def _room_for(self, batch: int) -> cuda.DeviceMemory:
-        return cuda.DeviceMemory(memory_prediction.cache_bytes(self.checkpoint, batch), f"the cache of {batch} rows")
-
     def _begin(self, batch: int, skip: np.ndarray) -> None:
         if batch > self._slots:
             self._forget_large()  # whose graphs know where the cache was
             if self._cache:
                 self._cache.free()
                 self._cache, self._slots = None, 0
-            self._cache, self._slots = self._room_for(batch), batch
+            nbytes = memory_prediction.cache_bytes(self.checkpoint, batch)
+            self._cache, self._slots = cuda.DeviceMemory(nbytes, f"the cache of {batch} rows"), batch
         self._past, self._batch, self._skip = 0, batch, skip
 
     def _place(self, number: int, row: int = 0) -> int:
@@ -253,7 +273,7 @@ class CudaSession(Session):
         self._next["block_position"] += 1
         self._next["place"] += 1
         self._next["end"] = self._next["place"] + 1
-        if len(rows) <= programs.ROWS:
+        if len(rows) <= ROWS:
             self._small["rows"].fill(rows, self.stream)
             self._one_kernel(len(rows))
             buffers, at = self._small, last
@@ -375,13 +395,13 @@ class CudaSession(Session):
 
     def _start(self) -> None:
         """The rows of the next decode step, from `_next`."""
-        if self._batch > programs.ROWS:
+        if self._batch > ROWS:
             self._hold_large(self._batch, self._batch)
-        (self._small if self._batch <= programs.ROWS else self._large[1])["rows"].fill(self._next, self.stream)
+        (self._small if self._batch <= ROWS else self._large[1])["rows"].fill(self._next, self.stream)
 
     def decode(self) -> None:
         """One step of one token a row, which goes on from the last."""
-        if self._batch <= programs.ROWS:
+        if self._batch <= ROWS:
             self._one_kernel(self._batch)
         else:
             if self._batch not in self._graphs:
@@ -406,7 +426,7 @@ class CudaSession(Session):
         yield first.astype(np.int64)
         self._next["id"] = first
         self._start()
-        buffer = (self._small if self._batch <= programs.ROWS else self._large[1])["tokens"]
+        buffer = (self._small if self._batch <= ROWS else self._large[1])["tokens"]
         source = cuda.Buffer(buffer.address, 4 * self._batch)
         tokens = cuda.Pinned((AHEAD, self._batch), "int32")
         events = [cuda.new_event() for _ in range(AHEAD)]

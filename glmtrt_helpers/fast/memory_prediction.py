@@ -6,7 +6,7 @@ from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.engines.memory_prediction import EngineMemory, engine_weights
 
 ROWS = 8  # that one launch of decoder.cu takes at most
-PRODUCTS = 32 * 2**20  # bytes that cuBLASLt may use beside the operands
+WORKSPACE = 32 * 2**20  # bytes for cuBLASLt, as NVIDIA advises for Hopper
 
 
 def cache_bytes(checkpoint: Checkpoint, rows: int) -> int:
@@ -24,5 +24,5 @@ def predict_memory(checkpoint: Checkpoint, rows: int = 1, prompt: int = 1) -> En
     inner = int(checkpoint.config.get("inner_hidden_size") or 4 * hidden)
     large = prompt > ROWS or rows > ROWS
     io = 4 * checkpoint.vocab_size * (ROWS + rows * large)
-    activations = (prompt * (14 * hidden + 2 * inner) + PRODUCTS) * large
+    activations = (prompt * (14 * hidden + 2 * inner) + WORKSPACE) * large
     return EngineMemory(engine_weights(checkpoint, "fp16"), cache_bytes(checkpoint, rows), io, activations)

@@ -14,8 +14,8 @@ from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
 
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.cuda import DeviceMemory
+from glmtrt_helpers.fast.memory_prediction import WORKSPACE
 
-WORKSPACE = 32 * 2**20  # bytes, as NVIDIA advises for Hopper
 _F32, _F16, _COMPUTE_F32 = 0, 2, 68  # cudaDataType, cublasComputeType_t
 _TRANSA, _EPILOGUE, _BIAS = 3, 7, 8  # cublasLtMatmulDescAttributes_t
 _EPILOGUES = {None: 1, "bias": 4, "gelu": 36}  # cublasLtEpilogue_t: the last adds a bias and applies tanh-GELU
@@ -42,17 +42,22 @@ class Kind:
     fresh: bool = False
 
 
+def load_library() -> ctypes.CDLL:
+    """cuBLASLt. Raises WorkbookError where it is not installed."""
+    try:
+        return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
+    except (DynamicLibNotFoundError, OSError) as error:
+        raise WorkbookError(
+            f"cuBLASLt is missing, which prompts need on this backend ({str(error).splitlines()[0]}): pip install "
+            "nvidia-cublas."
+        ) from None
+
+
 class Products:
     """cuBLASLt on the current GPU."""
 
     def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
-        except (DynamicLibNotFoundError, OSError) as error:
-            raise WorkbookError(
-                f"cuBLASLt is missing, which prompts need on this backend ({str(error).splitlines()[0]}): pip install "
-                "nvidia-cublas."
-            ) from None
+        self._library = load_library()
         self._handle = ctypes.c_void_p()
         self._call("cublasLtCreate", ctypes.byref(self._handle))
         self._workspace = DeviceMemory(WORKSPACE, "cuBLASLt's workspace")

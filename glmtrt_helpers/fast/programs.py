@@ -15,7 +15,6 @@ from cuda.bindings import driver, nvrtc
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.cuda import check
-from glmtrt_helpers.fast.memory_prediction import ROWS as ROWS
 
 HERE = Path(__file__).parent
 PARTS = {name: ("primitives.cuh", "attention.cuh", f"{name}.cu") for name in ("decoder", "prompt")}
@@ -26,7 +25,7 @@ KERNELS = {
 PIECES = 4  # decoder.cu's
 TILE = 64  # prompt.cu's
 OLDEST = (8, 0)  # mbarrier and cp.async
-ENOUGH_STAGES = 7  # of the ring: with more, blocks that are ahead take the memory from those that are behind
+ENOUGH_STAGES = 7  # of the ring: with more, blocks that run ahead take bandwidth from those that lag
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,6 @@ class Card:
                 ), "ask for shared memory",
             )
         )  # fmt: skip
-        if self.capability < OLDEST:
-            raise WorkbookError(
-                f"the one-kernel engine needs a GPU of compute capability 8.0 or later, and this one has "
-                f"{capability[0]}.{capability[1]}: take another backend."
-            )
         self.bulk = self.capability >= (9, 0) if bulk is None else bulk
         self.sizes = sizes
         self.options = defines(sizes, self.blocks, min(shared or most, most))

@@ -45,11 +45,6 @@ def weight_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
     A vocabulary matrix that is stored twice, as the embedding and for the scores, is there once.
     """
-    if not checkpoint.is_safetensors:
-        raise WorkbookError(
-            f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working "
-            "copy with `glmtrt copy`, and let `glmtrt export` convert it."
-        )
     names = [name for layer in range(checkpoint.num_layers) for name in layer_weights(layer).values()]
     names += [EMBEDDING, "transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
     if not shares_vocabulary(checkpoint) or not _equal(checkpoint, EMBEDDING, HEAD):

@@ -46,6 +46,22 @@ def test_a_run_on_this_machine(tmp_path: Path) -> None:
     assert saved["build"][0]["engine"] == "torch-eager" and saved["command"] == "glmtrt bench somewhere"
 
 
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:
+    checkpoint, kept = exported_copy(tmp_path), []
+
+    def keep(report: results.Report) -> None:
+        kept.append(len(report.rows))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        speed.measure(
+            checkpoint, "fp16", [("decode", 1, 8), ("decode", 1, 9), ("decode", 1, 10)],
+            only=["ort-cpu"], samples=1, keep=keep,
+        )  # fmt: skip
+    assert kept == [1, 2]
+
+
 def test_an_unknown_engine_is_refused(_random_master: Path) -> None:
     with pytest.raises(WorkbookError, match="there is no engine 'abacus' to measure here: choose torch-eager"):
         speed.measure(open_checkpoint(_random_master), only=["abacus"])

@@ -13,7 +13,8 @@ from support.command_line import InProcess
 from glmtrt_helpers.checkpoints import shards, working_copy
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
-from glmtrt_helpers.checkpoints.working_copy import MARKER, hard_links_note, is_working_copy, make_working_copy
+from glmtrt_helpers.checkpoints.working_copy import hard_links_note, is_working_copy, make_working_copy
+from glmtrt_helpers.core.artifacts import MARKER
 from glmtrt_helpers.core.errors import WorkbookError
 
 

@@ -34,8 +34,17 @@ def test_parts_that_need_more_than_there_is_say_what(machine: SimpleNamespace) -
     machine.memory, machine.disk = 32 * GB, 20 * GB
     real = {part: verdict for part, _, verdict in doctor.parts()}
     assert real["05 build"] == "no: needs 27 GB of disk"
-    assert {small for _, small, _ in doctor.parts()} == {"yes", "no: needs a GPU"}
+    assert {small for _, small, _ in doctor.parts()} == {
+        "yes",
+        "no: needs a GPU",
+        "no: needs a GPU of compute capability 8.0",
+    }
     assert {part[:2] for part in real} == {path.name[:2] for path in notebooks()}
+    machine.gpus = [Gpu("an older card", (7, 5), 24 * GB)]
+    real = {part: verdict for part, _, verdict in doctor.parts()}
+    assert (
+        real["07 one kernel"] == "no: needs a GPU of compute capability 8.0" and real["05 and 06, an engine"] == "yes"
+    )
     machine.gpus = [Gpu("a card", (8, 9), 15 * GB)]
     assert all(small == "yes" for _, small, _ in doctor.parts())
     real = {part: verdict for part, _, verdict in doctor.parts()}

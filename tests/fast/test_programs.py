@@ -17,6 +17,7 @@ from glmtrt_helpers.checkpoints.tokenizer import load_tokenizer
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.fast import products, programs
 from glmtrt_helpers.fast.cuda_session import CudaSession
+from glmtrt_helpers.fast.memory_prediction import ROWS
 from glmtrt_helpers.fast.weights import rotary_tables
 from glmtrt_helpers.inputs import positions_and_mask
 from glmtrt_helpers.inputs.prompts import chat_prompt
@@ -30,7 +31,7 @@ CARDS = [((8, 0), 108, 166912), ((8, 6), 84, 101376), ((8, 9), 128, 101376), ((9
          ((10, 0), 148, 232448), ((12, 0), 170, 101376)]  # fmt: skip
 LAYERS, VOCABULARY, SLOTS, ROOM, BLANK = 2, 176, 8, 40, 5
 # id, position, block position, slot, place, tokens that it sees. The last four are one chat's.
-ROWS = np.array(
+CHATS = np.array(
     [(7, 3, 0, 0, 3, 4), (9, 5, 2, 1, 8, 9), (100, 6, 3, 2, 32, 33), (20, 1, 1, 3, 0, 1),
      (21, 7, 2, 5, 19, 20), (22, 7, 3, 5, 20, 21), (23, 7, 4, 5, 21, 22), (24, 7, 5, 5, 22, 23)],
     np.int32,
@@ -122,15 +123,15 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         rows: np.ndarray, kernel: int, cache: np.ndarray, epoch: int = 0
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         def unset(*shape: int) -> np.ndarray:
-            return np.full((programs.ROWS, *shape), np.nan, np.float32)
+            return np.full((ROWS, *shape), np.nan, np.float32)
 
         buffers = {name: unset(hidden) for name in ("hidden", "middle", "query")}
         buffers |= {"pieces": unset(sizes.heads, programs.PIECES, sizes.head + 4), "logits": unset(VOCABULARY)}
         buffers |= {
             "inner": unset(sizes.inner).astype(np.float16),
-            "best": np.zeros((programs.ROWS, blocks, 3), np.int32),
+            "best": np.zeros((ROWS, blocks, 3), np.int32),
         }
-        buffers |= {"tokens": np.zeros(programs.ROWS, np.int32), "rows": rows.copy()}
+        buffers |= {"tokens": np.zeros(ROWS, np.int32), "rows": rows.copy()}
         buffers["arrived"] = np.full(1, epoch, np.uint32)
         buffers["layers"] = np.array(
             [[layer[name].ctypes.data for name in programs.LAYER] for layer in model.layers], np.uint64
@@ -166,26 +167,26 @@ def check(model: Model, rows: np.ndarray, buffers: dict[str, np.ndarray], cache:
 def test_a_step_thread_by_thread(decoder: tuple[Model, Run], count: int, kernel: int) -> None:
     """Chats of 1 to 33 tokens, and four new tokens of one chat, the later of which see the earlier."""
     model, run = decoder
-    check(model, ROWS[:count], *run(ROWS[:count], kernel, model.cache.copy()))
+    check(model, CHATS[:count], *run(CHATS[:count], kernel, model.cache.copy()))
 
 
 @pytest.mark.slow
 def test_a_row_does_not_depend_on_how_many_there_are(decoder: tuple[Model, Run]) -> None:
     """Equal to the bit, in every kernel; and with a counter of arrivals that is about to overflow."""
     model, run = decoder
-    alone = run(ROWS[2:3], 1, model.cache.copy())[0]["logits"][0]
+    alone = run(CHATS[2:3], 1, model.cache.copy())[0]["logits"][0]
     for kernel in (2, 4, 8):
-        assert np.array_equal(run(ROWS[2:3], kernel, model.cache.copy(), 2**32 - 7)[0]["logits"][0], alone)
-    assert np.array_equal(run(ROWS, 8, model.cache.copy())[0]["logits"][2], alone)
+        assert np.array_equal(run(CHATS[2:3], kernel, model.cache.copy(), 2**32 - 7)[0]["logits"][0], alone)
+    assert np.array_equal(run(CHATS, 8, model.cache.copy())[0]["logits"][2], alone)
 
 
 def test_a_score_that_is_no_number_gives_the_blank_in_its_row_alone(decoder: tuple[Model, Run]) -> None:
     model, run = decoder
     cache = model.cache.copy()
-    cache[1, 1, ROWS[0, 3], 0, 0, 0] = np.inf
-    tokens = run(ROWS[:2], 2, cache)[0]["tokens"]
+    cache[1, 1, CHATS[0, 3], 0, 0, 0] = np.inf
+    tokens = run(CHATS[:2], 2, cache)[0]["tokens"]
     assert tokens[0] == BLANK
-    assert tokens[1] == model.expected(ROWS[:2])[0][1].argmax() != BLANK
+    assert tokens[1] == model.expected(CHATS[:2])[0][1].argmax() != BLANK
 
 
 @pytest.mark.slow

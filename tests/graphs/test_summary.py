@@ -41,7 +41,7 @@ def test_summary_counts_what_the_checkpoint_holds(checkpoint: Checkpoint, dtype:
 
 
 def test_weights_inside_the_file_are_counted_under_any_name(tmp_path: Path) -> None:
-    """As another exporter leaves them: transposed under a new name, in a Constant, read twice, behind a Transpose."""
+    """As another exporter leaves them: transposed under a new name, in a Constant, read twice, after a Transpose."""
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[batch, 4] x) => (float[batch, 4] output)
         <float[4, 2] val_1 = {1, 2, 3, 4, 5, 6, 7, 8}, float[3] table = {1, 2, 3}, float[1] half = {0.5}> {
             halved = Mul (x, half)

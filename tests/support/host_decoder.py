@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "fast" / "decoder_on_cpu.cpp"
 
 
 def compile_decoder(sizes: programs.Sizes, blocks: int, folder: Path) -> ctypes.CDLL:
-    """The program for these sizes on so many blocks, with three stages in its ring; skips the test without g++."""
+    """The program for these sizes, with three stages in its ring; skips the test where g++ is missing."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is missing")
