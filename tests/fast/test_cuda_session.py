@@ -127,7 +127,7 @@ def test_a_cache_of_other_rows_other_padding_or_no_room(checkpoint: Checkpoint, 
     after = positions_and_mask.decode(call, np.array([7, 8]))
     other = {name: array.copy() for name, array in after.items()}
     assert other["attention_mask"][:, 0, 0, 0].any(), "one of them is padded"
-    other["attention_mask"][:, 0, 0, 0] = False
+    other["attention_mask"][...] = False
     with pytest.raises(WorkbookError, match="other padding than the call's mask hides: reset the session first"):
         session.step(other)
     session.limits = Limits(total=session.past)
@@ -160,7 +160,9 @@ def test_too_little_memory_is_told_before_any_is_taken(
 @pytest.mark.slow
 def test_the_memory_that_was_predicted_is_taken(checkpoint: Checkpoint, session: CudaSession) -> None:
     before = cuda.free_device_memory()
-    session.step(positions_and_mask.prefill(checkpoint, prompts(checkpoint, "谢谢", "a")))
+    session.step(positions_and_mask.prefill(checkpoint, prompts(checkpoint, "a")))
+    session.reset()
+    session.step(positions_and_mask.prefill(checkpoint, prompts(checkpoint, "谢谢", "a")))  # the cache grows
     predicted = memory_prediction.predict_memory(checkpoint, rows=2)
     assert before - cuda.free_device_memory() == predicted.cache
     assert fake_gpu.MEMORY - cuda.free_device_memory() == pytest.approx(predicted.total, rel=0.1)
