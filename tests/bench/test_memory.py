@@ -46,11 +46,13 @@ def test_memory_of_export_and_build_follows_the_weights(middle: Path) -> None:
     assert again.added == pytest.approx(build.added, rel=0.01), "built again from the same export"
 
 
+@pytest.mark.slow
 def test_a_failing_phase_is_named(tiny_random: Path) -> None:
     with pytest.raises(WorkbookError, match=r"phase 'export' failed: glmtrt: .* still contains the export blocker"):
         memory.measure_memory(tiny_random, (Phase.EXPORT,))
 
 
+@pytest.mark.slow
 def test_a_phase_that_fails_leaves_the_earlier_export(tiny_random: Path) -> None:
     (tiny_random / "model.fp16.onnx").write_bytes(b"a good export")
     with pytest.raises(WorkbookError, match="still contains the export blocker"):

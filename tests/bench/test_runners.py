@@ -26,7 +26,8 @@ def test_step_inputs_are_those_of_a_chat(_random_master: Path) -> None:
     assert all(np.array_equal(decode[name], same[name]) for name in same)
 
 
-@pytest.mark.parametrize("name", [pytest.param("torch-eager", marks=pytest.mark.slow), "ort-cpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch-eager", "ort-cpu"])
 def test_runners_on_a_cpu(tmp_path: Path, name: str) -> None:
     checkpoint = exported_copy(tmp_path)
     made = runners.runners(checkpoint, "fp16")

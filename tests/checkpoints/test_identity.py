@@ -334,6 +334,7 @@ def test_another_program_s_graph_is_not_asked_for_its_origin(tmp_path: Path) -> 
     assert open_export(tmp_path / "model.onnx").origin is None
 
 
+@pytest.mark.slow
 def test_shards_converted_from_bin_are_recorded(tiny_random: Path) -> None:
     to_bin(tiny_random)
     patching.patch_checkpoint(tiny_random)

@@ -189,6 +189,7 @@ def test_want_of_memory_is_not_blamed_on_the_code(tiny_random: Path, raised: str
         session.run(example_inputs(checkpoint, 1, 3, 0))
 
 
+@pytest.mark.slow
 def test_a_cast_to_half_precision_is_said_before_the_export(tiny_random: Path, glmtrt: InProcess) -> None:
     checkpoint = open_checkpoint(tiny_random)
     softmax = "F.softmax(attention_scores, dim=-1)"

@@ -156,7 +156,10 @@ def contents(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): hash(path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", CALLS)
+SLOW = {"export", "standin", "bench speed", "bench memory"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CALLS])
 def test_it_ends_well(end: Callable[..., Ended], folder: Path, name: str) -> None:
     assert end(name).code == 0
     assert not list(folder.rglob(".*.tmp"))

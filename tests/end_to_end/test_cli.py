@@ -100,6 +100,7 @@ def test_patch_check_and_restore(glmtrt: InProcess, tiny_random: Path) -> None:
     assert (tiny_random / "modeling_chatglm.py").read_bytes() == original
 
 
+@pytest.mark.slow
 def test_check_and_restore_together_are_refused_and_an_edit_is_told(tiny_random: Path) -> None:
     code = tiny_random / "modeling_chatglm.py"
     assert run_glmtrt("patch", tiny_random).returncode == 0

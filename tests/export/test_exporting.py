@@ -41,6 +41,7 @@ def test_numbers_are_pytorchs_at_shapes_never_exported(exported: Checkpoint, dty
             assert error <= (1e-5 if dtype == "fp32" else 6e-3) * max(1.0, tensor.abs().max().item()), (shape, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exporter", "opset"), [("dynamo", 19), ("dynamo", 23), ("torchscript", 17)])
 def test_other_opsets_and_the_exporter_of_2023_give_the_same_numbers(
     exported: Checkpoint, exporter: str, opset: int
@@ -59,6 +60,7 @@ def test_other_opsets_and_the_exporter_of_2023_give_the_same_numbers(
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes_and_a_report_that_counts_them(exported: Checkpoint) -> None:
     path = exporting.onnx_path(exported, "fp16")
     before = path.read_bytes()
@@ -106,6 +108,7 @@ def test_a_source_the_exporter_cannot_follow_is_one_sentence(tiny_random: Path) 
     assert "\n" not in str(caught.value) and not list(tiny_random.glob("*.onnx"))
 
 
+@pytest.mark.slow
 def test_a_source_whose_trace_loses_an_input_is_refused(tiny_random: Path) -> None:
     """A fork that does not mask at all: traced without complaint, and attention_mask is not read."""
     patching.patch_checkpoint(tiny_random)
@@ -140,6 +143,7 @@ def test_refuses_symbolic_links_and_names_the_working_copy(tiny_random: Path, tm
         exporting.export_model(open_checkpoint(linked))
 
 
+@pytest.mark.slow
 def test_bin_shards_are_streamed_into_safetensors(tiny_random: Path) -> None:
     before = open_checkpoint(tiny_random)
     expected = loading.read_tensors(before, list(before.tensors), torch.float16)

@@ -163,7 +163,10 @@ def check(model: Model, rows: np.ndarray, buffers: dict[str, np.ndarray], cache:
     assert np.array_equal(buffers["rows"], after)
 
 
-@pytest.mark.parametrize(("count", "kernel"), [(1, 1), (2, 2), (3, 4), (8, 8)])
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2), (3, 4), (8, 8))]
+
+
+@pytest.mark.parametrize(("count", "kernel"), [(1, 1), *SLOW])
 def test_a_step_thread_by_thread(decoder: tuple[Model, Run], count: int, kernel: int) -> None:
     """Chats of 1 to 33 tokens, and four new tokens of one chat, the later of which see the earlier."""
     model, run = decoder
@@ -180,6 +183,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(decoder: tuple[Model, Run])
     assert np.array_equal(run(CHATS, 8, model.cache.copy())[0]["logits"][2], alone)
 
 
+@pytest.mark.slow
 def test_a_score_that_is_no_number_gives_the_blank_in_its_row_alone(decoder: tuple[Model, Run]) -> None:
     model, run = decoder
     cache = model.cache.copy()
