@@ -85,6 +85,12 @@ def test_tokens_of_padded_rows_are_pytorchs(
     for some in (both, both[:1]):
         wanted = list(generate(reference, checkpoint, some, max_length=length))
         assert list(generate(session, checkpoint, some, max_length=length)) == wanted
+        # A wrong position changes keys long before it changes a token.
+        made = [array.swapaxes(0, 1)[: length - 1] for array in session._read()]
+        for array, (name, right) in zip(made, reference._cache.items(), strict=True):  # type: ignore[union-attr]
+            for row, prompt in enumerate(some):
+                skip = max(map(len, some)) - len(prompt)
+                assert close(array[skip:, row], np.asarray(right)[skip : length - 1, row]), name
     assert session.card.steps[0] == sum(map(len, both)) and set(session.card.steps[1:5]) == {2}  # type: ignore[attr-defined]
 
 
