@@ -199,7 +199,8 @@ def _draw_usage(axis: Axes, name: str, usage: Usage) -> None:
     place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a later phase may begin behind the name
     for number, (begin, phase) in enumerate(usage.phases):
         axis.axvline(begin, color=display.DECODE, linewidth=0.8)
-        axis.annotate(phase, (begin, 0.97 - 0.11 * (number % 4)), fontsize=8, va="top", color="#8a4b08", **place)
+        label = phase.removesuffix(", KB")  # the unit of the progress bar
+        axis.annotate(label, (begin, 0.97 - 0.11 * (number % 4)), fontsize=8, va="top", color="#8a4b08", **place)
 
 
 def _by_engine(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -25,6 +25,8 @@ from glmtrt_helpers.core.text import as_html, printable
 # One colour for one meaning in every plot of the workbook, readable without colour vision too.
 SEEN, HIDDEN, PADDING, BEFORE = "#dbe9f6", "#2f4b6e", "#e9e4da", "#8c8c8c"
 PREFILL, DECODE, ALARM = "#3b75af", "#e08214", "#c0392b"
+# Characters in a row of a table in a notebook, and in a column that is not folded.
+PAGE, SHORT = 115, 18
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?%?")
 
 
@@ -66,7 +68,9 @@ def _png(figure: Figure) -> bytes:
 
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", bbox_inches="tight")
-    Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    rare_too = Image.Quantize.MAXCOVERAGE  # the default would give the colour of a small marker to its neighbours
+    picture = Image.open(full).convert("RGB").quantize(64, method=rare_too, dither=Image.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
     return small.getvalue()
 
 
@@ -97,7 +101,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         from IPython.display import display  # only there in a notebook
 
         text = io.StringIO()
-        _Plain(file=text, width=115, force_jupyter=False).print(table)
+        _Plain(file=text, width=PAGE, force_jupyter=False).print(table)
         views = {"text/html": _html_table(columns, cells, numeric, title), "text/plain": text.getvalue()}
         display(views, raw=True)
     else:
@@ -113,7 +117,13 @@ def _is_number(cell: Any) -> bool:
 
 def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> str:
     """A table that the browser aligns: one drawn with characters is crooked where it holds Chinese text."""
-    align = [f' style="text-align:{"right" if number else "left"};white-space:pre-wrap"' for number in numeric]
+    widths = [max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
+    # In a table wider than the page, only the wide columns are folded.
+    spaces = ["pre" if sum(widths) > PAGE and width <= SHORT else "pre-wrap" for width in widths]
+    align = [
+        f' style="text-align:{"right" if number else "left"};white-space:{space}"'
+        for number, space in zip(numeric, spaces, strict=True)
+    ]
 
     def line(tag: str, row: Sequence[str]) -> str:
         filled = (f"<{tag}{style}>{as_html(cell)}</{tag}>" for cell, style in zip(row, align, strict=True))

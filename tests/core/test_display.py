@@ -3,8 +3,10 @@
 import io
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from glmtrt_helpers.chat.plots import draw_choice
 from glmtrt_helpers.core import display
@@ -25,6 +27,27 @@ def test_a_notebook_gets_html_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert '<td style="text-align:right;white-space:pre-wrap">1,234</td>' in views["text/html"]
     assert '<td style="text-align:left;white-space:pre-wrap">你好</td>' in views["text/html"]
     assert "Pieces" in views["text/plain"] and "1,234" in views["text/plain"]
+
+
+def test_a_wide_table_folds_only_its_wide_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    views: dict[str, str] = {}
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: views.update(data))
+    print_table(["GPU", "verdict"], [("RTX 4090", "long " * 40)])
+    assert '<td style="text-align:left;white-space:pre">RTX 4090</td>' in views["text/html"]
+    assert '<td style="text-align:left;white-space:pre-wrap">long ' in views["text/html"]
+
+
+def test_a_small_marker_keeps_its_colour() -> None:
+    """Few pixels, beside an area of many shades of one other colour."""
+    figure, axis = plt.subplots()
+    axis.imshow(np.linspace(0, 1, 10_000).reshape(100, 100), cmap="Blues")
+    axis.plot([50], [50], marker="*", color=display.DECODE)
+    with Image.open(io.BytesIO(display._png(figure))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    plt.close(figure)
+    wanted = [int(display.DECODE[i : i + 2], 16) for i in (1, 3, 5)]
+    assert abs(pixels - wanted).max(axis=1).min() <= 12
 
 
 def test_columns_of_numbers_are_aligned_right(capsys: pytest.CaptureFixture[str]) -> None:
