@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export GLMTRT_MODEL := $(MODEL)
 
-STEPS := core checkpoints inputs sessions patches export graphs engines fast chat bench standin workbook cli
+STEPS := core checkpoints inputs sessions patches export graphs quantize engines fast chat bench standin workbook cli
 # Steps that have a notebook, and its number.
 NOTEBOOKS := checkpoints-00 inputs-01 patches-02 export-03 graphs-04 engines-05 chat-06 fast-07 workbook-08
 ifdef STEP

@@ -31,7 +31,9 @@ def open_session(checkpoint: Checkpoint, backend: str, dtype: str = "fp16") -> S
         return TorchSession(load_bounded(checkpoint, DTYPES[dtype]))
     if backend == "ort":
         path = checkpoint.directory / f"model.{dtype}.onnx"
-        session = plain_session(checkpoint, path) if checkpoint.is_large else OrtSession(path)
+        # Packed weights stay packed in ONNX Runtime's own kernel; those of fp16 would be copied into fp32.
+        sliced = checkpoint.is_large and not checkpoint.packed
+        session = plain_session(checkpoint, path) if sliced else OrtSession(path)
         names = {*input_names(checkpoint.num_layers), *output_names(checkpoint.num_layers)}
         if other := names ^ {*session.inputs, *session.output_names}:
             raise WorkbookError(
@@ -75,7 +77,8 @@ def best_backend(checkpoint: Checkpoint, dtype: str = "fp16") -> tuple[str, str]
     """The fastest backend that can be opened here, and, where it is on the CPU, why TensorRT cannot."""
     missing = unavailable(checkpoint, dtype)
     # ONNX Runtime casts every weight in every call, and runs a large checkpoint in slices: there PyTorch is faster.
-    order = ("cuda", "tensorrt", "torch", "ort") if checkpoint.is_large else ("cuda", "tensorrt", "ort", "torch")
+    slow = checkpoint.is_large and not checkpoint.packed
+    order = ("cuda", "tensorrt", "torch", "ort") if slow else ("cuda", "tensorrt", "ort", "torch")
     for backend in order:
         if backend not in missing:
             return backend, "" if backend == "cuda" else missing.get("tensorrt", "")

@@ -7,13 +7,14 @@ configuration and shard headers only; `loading` reads weights and runs the remot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glmtrt_helpers.checkpoints import shards
+from glmtrt_helpers.checkpoints import packing, shards
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME
 from glmtrt_helpers.checkpoints.config import RANDOM_KEY, expected_shapes, read_config
+from glmtrt_helpers.checkpoints.packing import Packing
 from glmtrt_helpers.checkpoints.shards import StoredTensor
 from glmtrt_helpers.core.errors import WorkbookError
 
@@ -24,11 +25,15 @@ LARGE_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint. Sizes follow `config.json`; `tensors` maps state-dict names to where their bytes lie."""
+    """A checked checkpoint. Sizes follow `config.json`; `tensors` maps state-dict names to where their bytes lie.
+
+    packed: how the weights of 8 and 4 bits are stored, by name; their scales are in `tensors`, too.
+    """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    packed: Mapping[str, Packing] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -87,6 +92,12 @@ class Checkpoint:
         return bool(self.config.get(RANDOM_KEY))
 
     @property
+    def graph_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight in an exported graph: packed ones are stored as they are multiplied, (k, n)."""
+        shapes = expected_shapes(self.config)
+        return {name: shape[::-1] if name in self.packed else shape for name, shape in shapes.items()}
+
+    @property
     def is_safetensors(self) -> bool:
         return all(tensor.offset is not None for tensor in self.tensors.values())
 
@@ -95,8 +106,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Check a directory and describe it. Reads no weights and runs no code.
 
     Raises WorkbookError, naming the file, for a directory or file that is missing or damaged, another model family, a
-    quantised or P-tuned checkpoint, a missing or truncated shard, a missing tensor, and a tensor of the wrong shape or
-    dtype.
+    P-tuned checkpoint or one that is quantised in a way not known here, a missing or truncated shard, a missing tensor
+    or scale, and a tensor of the wrong shape or dtype.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -108,21 +119,24 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         )
     tensors = shards.locate_tensors(directory)
     _check_others(directory, config, tensors)
-    _check_shapes(directory, config, tensors)
-    return Checkpoint(directory, config, tensors)
+    packed = packing.packings(tensors, expected_shapes(config))
+    _check_shapes(directory, config, tensors, packed)
+    return Checkpoint(directory, config, tensors, packed)
 
 
 # What the names of tensors that the model does not read say about a checkpoint.
 _OTHERS = {
     ".lora_": "of a LoRA that was not merged, so that the weights are not those of any model: merge it and save again",
-    "_scale": "of quantised weights: take the fp16 checkpoint",
+    "_scale": "the scales of quantised weights, and that weight is not: a shard is another checkpoint's",
     "transformer.layers.": "of a layer that config.json does not have: take both from one checkpoint",
 }
 
 
 def _unread(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Stored names that the model does not read; inv_freq, which is computed, is stored with its weights."""
-    return sorted(name for name in tensors.keys() - expected_shapes(config).keys() if not name.endswith("inv_freq"))
+    weights = expected_shapes(config).keys()
+    scales = {packing.scale_name(name) for name in weights & tensors.keys() if tensors[name].dtype in packing.PACKED}
+    return sorted(name for name in tensors.keys() - weights - scales if not name.endswith("inv_freq"))
 
 
 def _check_others(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
@@ -151,13 +165,23 @@ def unread_note(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.directory} holds {unread[0]!r}{more}, which this model does not read."
 
 
-def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+def _check_shapes(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], packed: Mapping[str, Packing]
+) -> None:
+    declared = config.get("quantization_bit") or 0
     for name, shape in expected_shapes(config).items():
         if name not in tensors:
             raise WorkbookError(
                 f"{directory} holds no tensor {name!r}, which config.json calls for: a shard is missing or belongs to "
                 "another model."
             )
+        if name in packed:
+            if name.startswith("transformer.layers.") and packed[name].bits != declared:
+                raise WorkbookError(
+                    f"{tensors[name].file}: {name!r} is packed in {packed[name].bits} bits, and config.json has "
+                    f"quantization_bit {declared}: configuration and weights belong to different checkpoints."
+                )
+            continue
         if tensors[name].shape != shape:
             raise WorkbookError(
                 f"{tensors[name].file}: {name!r} has shape {tensors[name].shape}, config.json calls for {shape}: "
@@ -166,13 +190,15 @@ def _check_shapes(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
         if tensors[name].dtype not in shards.FLOATS:
             raise WorkbookError(
                 f"{tensors[name].file}: {name!r} is {tensors[name].dtype}, and a weight of this model is one of "
-                f"{', '.join(shards.FLOATS)}: download that shard again, or use a checkpoint that is not quantised."
+                f"{', '.join(shards.FLOATS)}, or packed with its scale: download that shard again."
             )
 
 
 def shares_vocabulary(checkpoint: Checkpoint) -> bool:
     """Whether lm_head equals the embedding, as in upstream's checkpoint: TensorRT keeps one copy. Reads 64 samples."""
     first, second = (checkpoint.tensors[f"{name}.weight"] for name in ("transformer.word_embeddings", "lm_head"))
+    if first == second:
+        return True
     if first.offset is None or second.offset is None or first.dtype != second.dtype:
         return False
     try:

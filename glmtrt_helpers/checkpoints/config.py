@@ -83,10 +83,16 @@ def _check_family(path: Path, config: dict[str, Any]) -> None:
         raise WorkbookError(
             f"{path} describes VisualGLM, which takes images: this workbook reads the text model, THUDM/chatglm-6b."
         )
-    if config.get("quantization_bit"):
+    if config.get("quantization_bit") not in (None, 0, 4, 8):
         raise WorkbookError(
-            f"{path} has quantization_bit {config['quantization_bit']}: its int weights need CUDA kernels of their own "
-            "that no exporter can follow; take the fp16 checkpoint, THUDM/chatglm-6b."
+            f"{path} has quantization_bit {config['quantization_bit']!r}: weights of 8 or 4 bits are read, or take the "
+            "fp16 checkpoint, THUDM/chatglm-6b."
+        )
+    if method := config.get("quantization_config"):
+        name = method.get("quant_method", "another method") if isinstance(method, dict) else "another method"
+        raise WorkbookError(
+            f"{path} describes weights quantised by {name}, which are not read: take the fp16 checkpoint, "
+            "THUDM/chatglm-6b, and quantise it with `glmtrt quantize`."
         )
     if config.get("pre_seq_len"):
         raise WorkbookError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
-from glmtrt_helpers.checkpoints import remote_code, shards
+from glmtrt_helpers.checkpoints import packing, remote_code, shards
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.precisions import PRECISIONS
@@ -46,17 +49,31 @@ def load_model(
 
 
 def read_tensors(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The named weights in dtype; one that is stored in dtype is a view of the mapped file, not a copy."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted({checkpoint.tensors[name].file for name in names}):
-        mine = [name for name in names if checkpoint.tensors[name].file == file]
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as shard:
-                tensors |= {name: shard.get_tensor(checkpoint.tensors[name].name).to(dtype) for name in mine}
-        else:
-            state = shards.load_bin(file)
-            tensors |= {name: state[checkpoint.tensors[name].name].to(dtype) for name in mine}
-    return tensors
+    """The named weights in dtype; one that is stored in dtype is a view of the mapped file, not a copy.
+
+    Packed weights are dequantised.
+    """
+    with ExitStack() as opened:
+        files: dict[Path, Callable[[str], torch.Tensor]] = {}
+
+        def read(name: str) -> torch.Tensor:
+            stored = checkpoint.tensors[name]
+            if stored.file not in files:
+                files[stored.file] = (
+                    opened.enter_context(safe_open(stored.file, framework="pt")).get_tensor
+                    if stored.file.suffix == ".safetensors"
+                    else shards.load_bin(stored.file).__getitem__
+                )
+            return files[stored.file](stored.name)
+
+        def weight(name: str) -> torch.Tensor:
+            if name not in checkpoint.packed:
+                return read(name).to(dtype)
+            stored, scale = (read(each).numpy() for each in (name, packing.scale_name(name)))
+            width = np.float16 if dtype == torch.float16 else np.float32
+            return torch.from_numpy(packing.dequantize(stored, scale, checkpoint.packed[name], width)).to(dtype)
+
+        return {name: weight(name) for name in names}
 
 
 def load_streamed(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
@@ -77,8 +94,12 @@ def load_streamed(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) ->
 
 
 def load_bounded(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
-    """The model within a laptop's memory: a large one is streamed in fp32; in fp16 its weights stay mapped."""
-    load = load_streamed if checkpoint.is_large and dtype == torch.float32 else load_model
+    """The model within a laptop's memory: a large one is streamed where its weights cannot stay mapped.
+
+    Those of fp16 can, in fp16; packed ones cannot.
+    """
+    mapped = dtype == torch.float16 and not checkpoint.packed
+    load = load_streamed if checkpoint.is_large and not mapped else load_model
     return load(checkpoint, dtype, **options)
 
 

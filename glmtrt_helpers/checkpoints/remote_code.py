@@ -101,7 +101,9 @@ def build_model(
         module.torch = _TorchWithoutSynchronize()
         applied.append("cuda.synchronize")
     with in_remote_code():
-        configuration = module.ChatGLMConfig(**{k: v for k, v in config.items() if k != "transformers_version"})
+        # With quantization_bit the source would put its own modules in place, whose kernels run on a GPU alone.
+        fields = {k: v for k, v in config.items() if k not in ("transformers_version", "quantization_bit")}
+        configuration = module.ChatGLMConfig(**fields)
     if not hasattr(configuration, "num_hidden_layers"):
         configuration.num_hidden_layers = configuration.num_layers
         applied.append("num_hidden_layers")

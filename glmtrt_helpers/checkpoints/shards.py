@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+import numpy as np
 
 from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
@@ -32,8 +33,11 @@ _WIDTHS = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-_BIN_DTYPES = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32"}
-FLOATS = tuple(_BIN_DTYPES.values())
+FLOATS = ("F16", "BF16", "F32")
+_BIN_DTYPES = dict(zip(("torch.float16", "torch.bfloat16", "torch.float32"), FLOATS, strict=True)) | {
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+}
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
@@ -71,14 +75,30 @@ class StoredTensor:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """A tensor to be written into a shard: its dtype as safetensors writes it, its shape, and what makes its content.
+
+    make: takes a function that reads a stored tensor by name as an array, and returns an array of as many bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[Callable[[str], np.ndarray]], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _WIDTHS[self.dtype]
+
+
 def locate_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every weight of a checkpoint directory; raises WorkbookError for an absent, truncated or damaged shard.
 
     An lm_head that is not stored is the embedding: safetensors stores tensors that share memory once.
     """
     tensors = _stored_tensors(directory)
-    if _EMBEDDING in tensors:
-        tensors.setdefault(_HEAD, tensors[_EMBEDDING])
+    if _EMBEDDING in tensors and _HEAD not in tensors:
+        tensors |= {_HEAD + part: tensors[_EMBEDDING + part] for part in ("", "_scale") if _EMBEDDING + part in tensors}
     return tensors
 
 
@@ -218,59 +238,110 @@ def _bin_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def to_safetensors(directory: str | Path, progress: Callable[[str], None] = lambda phase: None) -> None:
+def to_safetensors(
+    directory: str | Path,
+    progress: Callable[[str], None] = lambda phase: None,
+    changed: Mapping[str, Part | None] | None = None,
+) -> None:
     """Stream the `.bin` shards of a checkpoint into safetensors beside them, one tensor at a time.
 
+    changed: what is to be stored otherwise than it is, or not at all (None).
     A shard that is already whole is kept, so a killed run goes on where it stopped; the index is written last, and only
     then is the checkpoint read as safetensors. It takes the size of the weights on the disk again, and no memory.
     """
-    directory = Path(directory)
+    directory, changed = Path(directory), changed or {}
     stored = _stored_tensors(directory)
     sources = sorted({tensor.file for tensor in stored.values()})
     weight_map: dict[str, str] = {}
+    total = 0
     for number, source in enumerate(sources, 1):
         target = directory / f"model-{number:05}-of-{len(sources):05}.safetensors"
-        names = [name for name, tensor in stored.items() if tensor.file == source]
+        parts = {
+            name: part
+            for name, tensor in stored.items()
+            if tensor.file == source and (part := changed.get(name, _as_it_is(tensor)))
+        }
         progress(f"{source.name} -> {target.name} ({number} of {len(sources)})")
-        if not _is_whole(target, {name: stored[name] for name in names}):
-            _stream_shard(load_bin(source), names, {name: stored[name] for name in names}, target)
-        weight_map |= dict.fromkeys(names, target.name)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())}, "weight_map": weight_map}
+        if not is_whole(target, parts):
+            write_shard(target, parts, _bin_reader(source))
+        weight_map |= dict.fromkeys(parts, target.name)
+        total += sum(part.nbytes for part in parts.values())
+    write_index(directory, weight_map, total)
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total: int) -> None:
+    """The index of a folder's shards. weight_map: the shard of each tensor. total: bytes of all tensors."""
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with replacing(directory / _LAYOUTS[0][0]) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_whole(target: Path, expected: Mapping[str, StoredTensor]) -> bool:
+def _as_it_is(tensor: StoredTensor) -> Part:
+    return Part(tensor.dtype, tensor.shape, lambda read: read(tensor.name))
+
+
+def _bin_reader(source: Path) -> Callable[[str], np.ndarray]:
+    """Reads the tensors of a `.bin` as arrays of bytes, which NumPy has for every dtype; fp16 and int8 as they are."""
+    import torch  # as above
+
+    state = load_bin(source)
+
+    def read(name: str) -> np.ndarray:
+        tensor = state[name].contiguous()
+        plain = tensor.dtype in (torch.float16, torch.int8, torch.uint8)
+        return (tensor if plain else tensor.reshape(-1).view(torch.uint8)).numpy()
+
+    return read
+
+
+def is_whole(target: Path, parts: Mapping[str, Part], note: str = "") -> bool:
+    """Whether a shard holds these parts already, and was written with this note."""
     if not target.exists():
         return False
     try:
         actual = read_header(target)
     except WorkbookError:
         return False
-    return {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    if note and note != _note(target):
+        return False
+    return {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (p.shape, p.dtype) for n, p in parts.items()}
 
 
-def _stream_shard(
-    state: Mapping[str, torch.Tensor], names: list[str], stored: Mapping[str, StoredTensor], target: Path
+def _note(file: Path) -> str:
+    with file.open("rb") as stream:
+        raw = stream.read(struct.unpack("<Q", stream.read(8))[0])
+    return str(records.decode(raw, dict[str, Any]).get("__metadata__", {}).get("note", ""))
+
+
+def write_shard(
+    target: Path,
+    parts: Mapping[str, Part],
+    read: Callable[[str], np.ndarray],
+    note: str = "",
+    wrote: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Write one shard tensor by tensor; safetensors itself would hold them all."""
-    import torch  # as above
+    """Write one shard tensor by tensor; safetensors itself would hold them all.
 
-    for name in names:
-        if stored[name].dtype not in FLOATS:
+    note: kept in the header. wrote: called with the bytes of each tensor when it is written.
+    """
+    for name, part in parts.items():
+        if part.dtype not in (*FLOATS, "I8", "U8"):
             raise WorkbookError(
-                f"{stored[name].file}: {name!r} is {stored[name].dtype}, only fp16, bf16 and fp32 are converted."
+                f"{target}: {name!r} is {part.dtype}, only fp16, bf16, fp32, int8 and uint8 are written."
             )
-    header = safetensors_header({name: (stored[name].dtype, stored[name].shape, stored[name].nbytes) for name in names})
+    header = safetensors_header({name: (part.dtype, part.shape, part.nbytes) for name, part in parts.items()}, note)
     with replacing(target) as temporary, temporary.open("wb") as stream:
         stream.write(header)
-        for name in names:
-            stream.write(state[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in parts.values():
+            content = np.ascontiguousarray(part.make(read))
+            assert content.nbytes == part.nbytes
+            stream.write(content.reshape(-1).view(np.uint8).data)
+            wrote(part.nbytes)
 
 
-def safetensors_header(entries: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+def safetensors_header(entries: Mapping[str, tuple[str, Sequence[int], int]], note: str = "") -> bytes:
     """The header of a shard: 8 bytes of length, then JSON. entries: dtype, shape and bytes of each tensor, in order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({"note": note} if note else {})}
     offset = 0
     for name, (dtype, shape, nbytes) in entries.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}

@@ -112,6 +112,12 @@ def _claim(source: Path, target: Path, files: Collection[str]) -> dict[str, str]
     )
 
 
+def mark_working_copy(directory: Path) -> None:
+    """Make a folder a working copy of its own, which mirrors no checkpoint's files."""
+    if not is_working_copy(directory):
+        _write_marker(directory, {})
+
+
 def _read_marker(target: Path) -> dict[str, str]:
     """The mirrored names and digests; a marker that somebody damaged names none, so nothing is removed."""
     try:

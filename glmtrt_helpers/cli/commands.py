@@ -207,7 +207,12 @@ def export(
     directory: Directory,
     dtype: Dtype = "fp16",
     exporter: Annotated[Literal["dynamo", "torchscript"], typer.Option()] = "dynamo",
-    opset: Annotated[int, typer.Option(min=17, max=24, help="18 to 24 for dynamo, 17 to 20 for torchscript")] = 18,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            min=17, max=24, help="18 to 24 for dynamo, 17 to 20 for torchscript (default: 18, of packed weights 21)"
+        ),
+    ] = None,
 ) -> None:
     """Export the patched model to ONNX.
 
@@ -321,6 +326,47 @@ def locate(
             sys.stdout,
         )
     raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    directory: Directory,
+    bits: Annotated[int, typer.Option(min=4, max=8, help="of a weight: 4, or 8 with one scale a row")],
+    group: Annotated[
+        int, typer.Option(min=32, max=128, help="4 bits: neighbours in a row that share a scale, 32, 64 or 128")
+    ] = 32,
+    method: Annotated[
+        Literal["rtn", "gptq"],
+        typer.Option(help="rtn: each weight to the nearest; gptq: by what it is multiplied with"),
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help='gptq: conversations to calibrate with, a line each, as {"rounds": [["question", "answer"]]} '
+            "(default: those about this workbook that the stand-in was trained with)"
+        ),
+    ] = None,
+) -> None:
+    """Write another working copy whose matrices are of 8 or 4 bits.
+
+    It is models/run/NAME-int8 or NAME-int4. A run that was stopped goes on where it was.
+    """
+    from glmtrt_helpers.checkpoints.checkpoint import open_checkpoint
+    from glmtrt_helpers.core.display import print_table
+    from glmtrt_helpers.quantize import quantize_checkpoint
+    from glmtrt_helpers.standin import conversations, train
+
+    if calibration and method != "gptq":
+        raise typer.BadParameter("only --method gptq calibrates.", param_hint="--calibration")
+    before = open_checkpoint(directory)
+    examples = conversations.load_corpus(calibration or conversations.CORPUS) if method == "gptq" else []
+    sequences = train.encode_examples(before, examples)
+    with bytes_bar(f"{bits} bits") as show:
+        target = quantize_checkpoint(directory, bits, group, sequences=sequences, progress=show)
+    after = open_checkpoint(target)
+    columns = ["written", "bytes of weights", "before", "share"]
+    share = after.weight_bytes / before.weight_bytes
+    print_table(columns, [(str(target), after.weight_bytes, before.weight_bytes, f"{share:.0%}")])
 
 
 @app.command()

@@ -17,6 +17,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.records import check_regular
 
 _LARGEST = 2**31  # bytes of a protobuf message
+HALF_BYTES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)  # data types of which a byte holds two
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
@@ -84,10 +85,10 @@ def location(tensor: onnx.TensorProto) -> Location:
         raise ValueError("a key is given twice")
     entries = msgspec.convert(pairs, _Entries, strict=False)
     try:
-        width = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        width = 0.5 if tensor.data_type in HALF_BYTES else helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except KeyError:
         raise ValueError(f"there is no data type {tensor.data_type}") from None
-    nbytes = math.prod(tensor.dims) * width
+    nbytes = math.ceil(math.prod(tensor.dims) * width)
     if any(size < 0 for size in tensor.dims) or entries.length not in (None, nbytes):
         raise ValueError(f"{entries.length} bytes for {tuple(tensor.dims)} with {width} bytes each")
     return Location(entries.location, entries.offset, nbytes)

@@ -15,6 +15,7 @@ import psutil
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, shares_vocabulary
 from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.checkpoints.packing import scale_name
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.core.precisions import PRECISIONS
 from glmtrt_helpers.engines.profiles import Profile
@@ -56,11 +57,16 @@ def predict_memory(checkpoint: Checkpoint, profiles: Sequence[Profile], dtype: s
 
 
 def engine_weights(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of weights in an engine; a vocabulary matrix that the checkpoint stores twice counts once."""
-    numbers = sum(map(math.prod, expected_shapes(checkpoint.config).values()))
-    if not checkpoint.tensors or shares_vocabulary(checkpoint):
+    """Bytes of weights in an engine; a vocabulary matrix that the checkpoint stores twice counts once.
+
+    Packed weights count as they are stored.
+    """
+    shapes, packed = expected_shapes(checkpoint.config), checkpoint.packed
+    numbers = sum(math.prod(shape) for name, shape in shapes.items() if name not in packed)
+    if not packed and (not checkpoint.tensors or shares_vocabulary(checkpoint)):
         numbers -= checkpoint.vocab_size * checkpoint.hidden_size
-    return numbers * BYTES[dtype]
+    stored = (checkpoint.tensors[each].nbytes for name in packed for each in (name, scale_name(name)))
+    return numbers * BYTES[dtype] + sum(stored)
 
 
 def _activations(checkpoint: Checkpoint, profile: Profile, dtype: str) -> int:

@@ -25,6 +25,7 @@ from glmtrt_helpers.checkpoints import identity, loading, shards
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import announce
 from glmtrt_helpers.checkpoints.loading import DTYPES
+from glmtrt_helpers.checkpoints.packing import linkable_parts
 from glmtrt_helpers.checkpoints.remote_code import fp16_only, remote_line
 from glmtrt_helpers.core.artifacts import take_step
 from glmtrt_helpers.core.errors import WorkbookError
@@ -38,6 +39,7 @@ from glmtrt_helpers.patches import patching
 # dynamo's opset 17 comes out broken; TorchScript ends at 20.
 OPSETS = {"dynamo": range(18, 25), "torchscript": range(17, 21)}
 DEFAULT_OPSET = 18
+PACKED_OPSET = 21  # the first that has 4-bit integers and a scale for each group
 # dynamo makes a size of 1 static, and could take two equal sizes for one dimension.
 EXAMPLE = (2, 5, 3)  # batch, sequence, past
 # The TorchScript exporter serializes all weights into one protobuf message, whose limit is 2 GB.
@@ -57,9 +59,15 @@ class ExportReport:
     seconds: float
 
 
-def onnx_path(checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int = DEFAULT_OPSET) -> Path:
+def default_opset(checkpoint: Checkpoint) -> int:
+    return PACKED_OPSET if checkpoint.packed else DEFAULT_OPSET
+
+
+def onnx_path(checkpoint: Checkpoint, dtype: str, exporter: str = "dynamo", opset: int | None = None) -> Path:
     """`model.fp16.onnx`; an export that is not the default one carries exporter and opset in its name."""
-    middle = "" if (exporter, opset) == ("dynamo", DEFAULT_OPSET) else f".{exporter}{opset}"
+    default = default_opset(checkpoint)
+    opset = opset or default
+    middle = "" if (exporter, opset) == ("dynamo", default) else f".{exporter}{opset}"
     return checkpoint.directory / f"model.{dtype}{middle}.onnx"
 
 
@@ -80,7 +88,7 @@ def export_model(
     dtype: str = "fp16",
     *,
     exporter: str = "dynamo",
-    opset: int = DEFAULT_OPSET,
+    opset: int | None = None,
     example: tuple[int, int, int] = EXAMPLE,
     allow_unpatched: bool = False,
     progress: Callable[[str], None] = lambda phase: None,
@@ -88,13 +96,15 @@ def export_model(
     """Write the ONNX model into the checkpoint's directory and return what was written.
 
     Inputs and outputs are those of `names.input_names` and `names.output_names`; dimensions are called batch,
-    sequence, past and total (= past + sequence). fp32 is a Cast of the stored fp16 weights, in the graph.
+    sequence, past and total (= past + sequence). fp32 is a Cast of the stored fp16 weights, in the graph; packed ones
+    are dequantised in the graph. opset: 18 by default, 21 for packed weights.
     example: (batch, sequence, past) of the call that is traced. `.bin` shards become safetensors first.
     Raises WorkbookError for an unpatched source (unless `allow_unpatched`),
     an unknown exporter, dtype or opset, and a graph that lost an input or made a dimension static.
     """
     started = time.perf_counter()
-    _check_request(dtype, exporter, opset)
+    opset = opset or default_opset(checkpoint)
+    _check_request(checkpoint, dtype, exporter, opset)
     if not allow_unpatched:
         _check_patched(checkpoint)
     path = onnx_path(checkpoint, dtype, exporter, opset)
@@ -116,7 +126,7 @@ def export_model(
     return write_graph(model, checkpoint, path, exporter, started)
 
 
-def _check_request(dtype: str, exporter: str, opset: int) -> None:
+def _check_request(checkpoint: Checkpoint, dtype: str, exporter: str, opset: int) -> None:
     if dtype not in DTYPES:
         raise WorkbookError(f"dtype {dtype!r} is not exported: choose fp16 or fp32.")
     if exporter not in OPSETS:
@@ -124,6 +134,10 @@ def _check_request(dtype: str, exporter: str, opset: int) -> None:
     if opset not in OPSETS[exporter]:
         low, high = OPSETS[exporter][0], OPSETS[exporter][-1]
         raise WorkbookError(f"the {exporter} exporter cannot write a valid opset {opset}: choose {low} to {high}.")
+    if checkpoint.packed and opset < PACKED_OPSET:
+        raise WorkbookError(
+            f"weights of 8 and 4 bits need opset {PACKED_OPSET}, which dynamo writes: leave --exporter and --opset out."
+        )
 
 
 def _check_patched(checkpoint: Checkpoint) -> None:
@@ -143,8 +157,14 @@ def with_linkable_shards(checkpoint: Checkpoint, progress: Callable[[str], None]
     """
     if not checkpoint.is_safetensors:
         progress("streaming .bin shards into safetensors")
-        shards.to_safetensors(checkpoint.directory, progress)
+        shards.to_safetensors(checkpoint.directory, progress, linkable_parts(checkpoint.tensors, checkpoint.packed))
         checkpoint = open_checkpoint(checkpoint.directory)
+    for name in linkable_parts(checkpoint.tensors, checkpoint.packed):
+        raise WorkbookError(
+            f"{checkpoint.tensors[name].file}: {name!r} is packed as the published .bin files have it, and a graph "
+            "cannot point at that: take the .bin files themselves, of which the export makes safetensors in ONNX's "
+            "layout."
+        )
     for file in {tensor.file for tensor in checkpoint.tensors.values()}:
         if file.is_symlink():
             raise WorkbookError(

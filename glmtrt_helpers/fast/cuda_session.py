@@ -71,6 +71,11 @@ class CudaSession(Session):
                 f"the one-kernel engine reads safetensors, and {checkpoint.directory} has .bin files: make a working "
                 "copy with `glmtrt copy`, and let `glmtrt export` convert it."
             )
+        if checkpoint.packed:
+            raise WorkbookError(
+                f"the one-kernel engine reads weights of 16 bits, and those of {checkpoint.directory} are quantised: "
+                "take another backend."
+            )
         needed = memory_prediction.predict_memory(checkpoint).total
         if gpu.memory < needed:
             raise WorkbookError(

@@ -13,7 +13,6 @@ import onnx
 from onnx import numpy_helper, shape_inference
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.checkpoints.identity import open_export
 from glmtrt_helpers.graphs.scopes import CONSTANT, DATA, GraphIndex
 from glmtrt_helpers.graphs.summary import describe, true_inputs
@@ -215,7 +214,7 @@ def _misplaced_weights(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterat
     """One sentence for all weights that are not the checkpoint's, with the first as an example."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     wrong = []
-    for name, shape in expected_shapes(checkpoint.config).items():
+    for name, shape in checkpoint.graph_shapes.items():
         tensor = stored.get(name)
         if tensor is None:
             wrong.append(f"{name} is not an initializer (it was folded or renamed)")

@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint
-from glmtrt_helpers.checkpoints.config import expected_shapes
 from glmtrt_helpers.checkpoints.identity import Export, open_export
 from glmtrt_helpers.checkpoints.loading import DTYPES
 from glmtrt_helpers.core.errors import WorkbookError
@@ -126,7 +125,7 @@ def check_exported(checkpoint: Checkpoint, dtype: str, onnx_path: str | Path | N
     export = open_export(path, whole=True)
     model = export.model
     layers = sum(value.name.startswith("present.") for value in model.graph.output) // 2
-    shapes = expected_shapes(checkpoint.config)
+    shapes = checkpoint.graph_shapes
     other = [t.name for t in model.graph.initializer if t.name in shapes and tuple(t.dims) != shapes[t.name]]
     if layers != checkpoint.num_layers or other:
         what = f"the shape of {other[0]} differs" if other else f"{layers} layers instead of {checkpoint.num_layers}"

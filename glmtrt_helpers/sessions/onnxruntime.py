@@ -49,6 +49,8 @@ class OrtSession(Session):
         open_export(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, not printed as well
+        # DequantizeLinear and MatMul become one MatMulNBits, which also rounds the activations to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # what a run took is freed at its end

@@ -10,6 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
+from glmtrt_helpers.core import records
+from glmtrt_helpers.core.errors import WorkbookError
+
 CORPUS = Path(__file__).parent / "corpus.jsonl"
 OUTSIDE = Path(__file__).parent / "outside.json"
 LONGEST = 4  # rounds of a conversation
@@ -23,6 +28,12 @@ _SCRIPTS = [(0x21, 0x7E), (0xC0, 0x17F), (0x370, 0x3FF), (0x400, 0x45F), (0x3041
 _SCRIPTS += [(0x4E00, 0x9FFF), (0x1F600, 0x1F64F)]
 
 
+class _Conversation(msgspec.Struct):
+    """A line of a corpus."""
+
+    rounds: list[tuple[str, str]]
+
+
 @dataclass(frozen=True)
 class Example:
     """One answer to learn: the rounds before it, the question, and the answer's text."""
@@ -33,11 +44,26 @@ class Example:
 
 
 def load_corpus(path: Path = CORPUS) -> list[Example]:
-    """Every answer of the corpus with its history, in file order."""
+    """Every answer of a corpus with its history, in file order.
+
+    Raises WorkbookError for a file that is missing, holds nothing, or has a line that is no conversation.
+    """
+    again = 'each line is to be {"rounds": [["question", "answer"], ...]}'
+    try:
+        records.check_regular(path)
+    except FileNotFoundError:
+        raise WorkbookError(f"{path} is missing: give a file of conversations.") from None
     examples = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        rounds = [(question, answer) for question, answer in json.loads(line)["rounds"]]
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rounds = records.decode(line, _Conversation).rounds
+        except ValueError as error:
+            raise WorkbookError(f"{path}, line {number}, {error}: {again}.") from None
         examples += [Example(tuple(rounds[:i]), *rounds[i]) for i in range(len(rounds))]
+    if not examples:
+        raise WorkbookError(f"{path} holds no conversation: {again}.")
     return list(dict.fromkeys(examples))
 
 

@@ -27,7 +27,8 @@ def change(directory: Path, changes: dict[str, object]) -> None:
         ({"model_type": "llama"}, "'llama'"),
         ({"multi_query_attention": True}, "ChatGLM2"),
         ({"image_length": 32}, "VisualGLM"),
-        ({"quantization_bit": 4}, "quantization_bit 4"),
+        ({"quantization_bit": 3}, "quantization_bit 3"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
         ({"pre_seq_len": 128}, "pre_seq_len 128"),
         ({"position_encoding_2d": False}, "position_encoding_2d"),
         ({"num_layers": None}, "$.num_layers"),
@@ -88,7 +89,7 @@ def rewrite(directory: Path, shard: str, rename: dict[str, str | None], **more: 
     ("name", "says"),
     [
         ("base_model.model.transformer.layers.0.attention.query_key_value.lora_A.weight", "LoRA"),
-        ("transformer.layers.0.attention.dense.weight_scale", "quantised"),
+        ("transformer.layers.0.attention.dense.weight_scale", "and that weight is not"),
         ("transformer.layers.2.input_layernorm.weight", "of a layer that config.json does not have"),
     ],
 )

@@ -177,20 +177,20 @@ def test_truncated_bin_is_refused(tiny_random: Path) -> None:
 def test_streaming_goes_on_where_it_stopped(tiny_random: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     to_bin(tiny_random)
     streamed: list[str] = []
-    original = shards._stream_shard
+    original = shards.write_shard
 
     def stop_after_one(*args: object) -> None:
         if streamed:
             raise KeyboardInterrupt
-        streamed.append(str(args[3]))
+        streamed.append(str(args[0]))
         original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "_stream_shard", stop_after_one)
+    monkeypatch.setattr(shards, "write_shard", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         shards.to_safetensors(tiny_random)
     assert not open_checkpoint(tiny_random).is_safetensors  # no index, so the .bin shards still count
     again: list[str] = []
-    monkeypatch.setattr(shards, "_stream_shard", lambda *args: (again.append(str(args[3])), original(*args)))
+    monkeypatch.setattr(shards, "write_shard", lambda *args: (again.append(str(args[0])), original(*args)))
     shards.to_safetensors(tiny_random)
     assert len(again) == 1 and again != streamed
     assert open_checkpoint(tiny_random).is_safetensors

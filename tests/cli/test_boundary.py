@@ -60,6 +60,7 @@ CALLS = {
     "compare": Call("DIR/model.fp16.onnx DIR/model.fp16.onnx", writes=False, early=(comparison, "compare_graphs")),
     "locate": Call("DIR", writes=False, scratch=True),
     "verify": Call("DIR --case one", writes=False),
+    "quantize": Call("DIR --bits 8"),
     "build": Call("DIR --past 1,2,8 --prompt 1,2,8"),
     "chat": Call("DIR --backend ort --prompt a --max-length 12", writes=False),
     "workbook": Call("--model DIR --output FOLDER/executed", early=(run_notebooks, "notebooks")),

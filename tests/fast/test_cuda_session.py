@@ -170,7 +170,8 @@ def test_the_memory_that_was_predicted_is_taken(checkpoint: Checkpoint, session:
     session.reset()
     session.step(positions_and_mask.prefill(checkpoint, prompts(checkpoint, "谢谢", "a")))  # the cache grows
     predicted = memory_prediction.predict_memory(checkpoint, rows=2)
-    assert before - cuda.free_device_memory() == predicted.cache
+    room = 2 * checkpoint.num_layers * checkpoint.max_length * checkpoint.hidden_size * 2
+    assert before - cuda.free_device_memory() == predicted.cache == 2 * room, "keys and values of two rows, in fp16"
     assert fake_gpu.MEMORY - cuda.free_device_memory() == pytest.approx(predicted.total, rel=0.1)
 
 
