@@ -127,7 +127,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 # What the names of tensors that the model does not read say about a checkpoint.
 _OTHERS = {
     ".lora_": "of a LoRA that was not merged, so that the weights are not those of any model: merge it and save again",
-    "_scale": "the scales of quantised weights, and that weight is not: a shard is another checkpoint's",
+    "_scale": "the scales of a quantised weight, but that weight is not quantised: take all shards from one checkpoint",
     "transformer.layers.": "of a layer that config.json does not have: take both from one checkpoint",
 }
 
@@ -179,7 +179,7 @@ def _check_shapes(
             if name.startswith("transformer.layers.") and packed[name].bits != declared:
                 raise WorkbookError(
                     f"{tensors[name].file}: {name!r} is packed in {packed[name].bits} bits, and config.json has "
-                    f"quantization_bit {declared}: configuration and weights belong to different checkpoints."
+                    f"quantization_bit {declared}: take configuration and weights from one checkpoint."
                 )
             continue
         if tensors[name].shape != shape:

@@ -13,6 +13,7 @@ from glmtrt_helpers.core.errors import WorkbookError
 
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 RANDOM_KEY = "glmtrt_random"  # in the config.json of a checkpoint of random weights
+QUANTIZED_KEY = "glmtrt_quantization"  # in that of a checkpoint that `glmtrt quantize` wrote
 
 
 class _Config(msgspec.Struct):

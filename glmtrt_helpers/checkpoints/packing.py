@@ -61,22 +61,23 @@ def _packing(weight: StoredTensor, scale: StoredTensor | None, shape: tuple[int,
     what = f"{weight.file}: {weight.name!r}"
     layouts: dict[tuple[str, tuple[int, ...]], tuple[int, bool]] = {
         ("I8", (n, k)): (8, True),
-        ("U8", (k, n)): (8, False),
     }
     if k % 2 == 0:
         layouts["I8", (n, k // 2)] = (4, True)
-    if n % 2 == 0:
-        layouts["U8", (k, n // 2)] = (4, False)
+    if weight.name != EMBEDDING:  # whose rows are picked out, and nothing is multiplied
+        layouts["U8", (k, n)] = (8, False)
+        if n % 2 == 0:
+            layouts["U8", (k, n // 2)] = (4, False)
     if (weight.dtype, weight.shape) not in layouts:
         odd = f", and {k} columns, an odd number, cannot be packed two a byte" * (k % 2)
         raise WorkbookError(
-            f"{what} is {weight.dtype} {weight.shape}, which packs no matrix of {shape} in 8 or 4 bits{odd}: "
-            "configuration and weights belong to different checkpoints."
+            f"{what} is {weight.dtype} {weight.shape}, which packs no matrix of {shape} in 8 or 4 bits{odd}: take "
+            "configuration and weights from one checkpoint."
         )
     if scale is None:
         raise WorkbookError(
-            f"{what} is packed and {scale_name(weight.name)!r} is stored nowhere: a shard is missing, or the file was "
-            "saved without its scales; download the checkpoint again."
+            f"{what} is packed and {scale_name(weight.name)!r} is stored nowhere, perhaps because a shard is missing: "
+            "download the checkpoint again."
         )
     bits, published = layouts[weight.dtype, weight.shape]
     by_row = scale.shape == (n,)
@@ -86,8 +87,8 @@ def _packing(weight: StoredTensor, scale: StoredTensor | None, shape: tuple[int,
     if scale.dtype != "F16" or not (by_row or by_group):
         raise WorkbookError(
             f"{scale.file}: {scale.name!r} is {scale.dtype} {scale.shape}, and {bits}-bit weights of {shape} have one "
-            f"fp16 scale a row, ({n},){', or one a group' * (bits == 4 and not published)}: configuration and weights "
-            "belong to different checkpoints."
+            f"fp16 scale a row, ({n},){', or one a group' * (bits == 4 and not published)}: take configuration and "
+            "weights from one checkpoint."
         )
     return Packing(bits, 0 if by_row else k // scale.shape[0], published)
 
@@ -121,21 +122,19 @@ def dequantize(stored: np.ndarray, scale: np.ndarray, packing: Packing, dtype: t
 def linkable_parts(tensors: Mapping[str, StoredTensor], packed: Mapping[str, Packing]) -> dict[str, Part | None]:
     """What has to be stored otherwise for a graph to point at it, for `shards.to_safetensors`.
 
-    Published weights are turned; a packed embedding becomes fp16, as rows are picked out of it and nothing is
-    multiplied.
+    Published weights are turned; a packed embedding becomes fp16.
     """
     parts: dict[str, Part | None] = {}
     for name, packing in packed.items():
-        weight, scale = tensors[name], tensors[scale_name(name)]
-        if name != weight.name:
-            continue  # lm_head, which is the embedding
-        n, k = weight.shape if packing.published else weight.shape[::-1]
+        weight = tensors[name]
+        if not packing.published or name != weight.name:  # lm_head may be the embedding, under its name
+            continue
+        n, k = weight.shape[0], weight.shape[1] * 8 // packing.bits
         if name == EMBEDDING:
-            parts[name] = Part("F16", (n, k * 8 // packing.bits), _dequantized(name, packing))
-            parts[scale.name] = None
-        elif packing.published:
-            shape = k * 8 // packing.bits, n * packing.bits // 8
-            parts[name] = Part("U8", shape, _repacked(name, packing))
+            parts[name] = Part("F16", (n, k), _dequantized(name, packing))
+            parts[scale_name(name)] = None
+        else:
+            parts[name] = Part("U8", (k, n * packing.bits // 8), _repacked(name, packing))
     return parts
 
 

@@ -318,11 +318,10 @@ def write_shard(
     parts: Mapping[str, Part],
     read: Callable[[str], np.ndarray],
     note: str = "",
-    wrote: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Write one shard tensor by tensor; safetensors itself would hold them all.
 
-    note: kept in the header. wrote: called with the bytes of each tensor when it is written.
+    read: reads a stored tensor by name as an array. note: kept in the header.
     """
     for name, part in parts.items():
         if part.dtype not in (*FLOATS, "I8", "U8"):
@@ -336,7 +335,6 @@ def write_shard(
             content = np.ascontiguousarray(part.make(read))
             assert content.nbytes == part.nbytes
             stream.write(content.reshape(-1).view(np.uint8).data)
-            wrote(part.nbytes)
 
 
 def safetensors_header(entries: Mapping[str, tuple[str, Sequence[int], int]], note: str = "") -> bytes:

@@ -8,11 +8,13 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import CODE_NAME, code_files
+from glmtrt_helpers.checkpoints.config import QUANTIZED_KEY
 from glmtrt_helpers.core import records
 from glmtrt_helpers.core.artifacts import MARKER
 from glmtrt_helpers.core.errors import WorkbookError
@@ -100,6 +102,10 @@ def _claim(source: Path, target: Path, files: Collection[str]) -> dict[str, str]
         target.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise WorkbookError(f"{target} cannot be a folder, a file is in its way: move the file away.") from None
+    if is_quantized(target) and not is_quantized(source):
+        raise WorkbookError(
+            f"{target} is what `glmtrt quantize` wrote, not a copy of {source}: move it away, or rename the checkpoint."
+        )
     if is_working_copy(target):
         return _read_marker(target)
     if all(is_temporary(path) for path in target.iterdir()):
@@ -112,10 +118,29 @@ def _claim(source: Path, target: Path, files: Collection[str]) -> dict[str, str]
     )
 
 
-def mark_working_copy(directory: Path) -> None:
-    """Make a folder a working copy of its own, which mirrors no checkpoint's files."""
+def claim_quantized(directory: Path) -> None:
+    """Make a folder the working copy that `glmtrt quantize` writes, which mirrors no checkpoint's files.
+
+    Raises WorkbookError where it holds anything else, such as the working copy of a checkpoint of that name.
+    """
+    if directory.exists() and not is_quantized(directory):
+        mirrored = _read_marker(directory) if is_working_copy(directory) else {}
+        if mirrored or any(not is_temporary(path) and path.name != MARKER for path in directory.iterdir()):
+            raise WorkbookError(
+                f"{directory} holds something that `glmtrt quantize` did not write: move it away, or rename the "
+                "checkpoint."
+            )
+    directory.mkdir(parents=True, exist_ok=True)
     if not is_working_copy(directory):
         _write_marker(directory, {})
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether `glmtrt quantize` wrote a folder, or began to."""
+    try:
+        return QUANTIZED_KEY in records.read(directory / "config.json", dict[str, Any], "")
+    except (FileNotFoundError, WorkbookError):
+        return False
 
 
 def _read_marker(target: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ def _cast(graph: ir.Graph, weight: ir.Value, computed: ir.DataType) -> ir.Value:
 
 
 def _insert(graph: ir.Graph, node: ir.Node, like: ir.Value, computed: ir.DataType) -> ir.Value:
-    """Put a node that converts a weight before those that read it: at the beginning, behind the node it reads."""
+    """Put a node that converts a weight before those that read it: at the beginning, after the node it reads."""
     (output,) = node.outputs
     output.name, output.shape, output.type = f"{like.name}.{computed.name.lower()}", like.shape, ir.TensorType(computed)
     made = [producer for value in node.inputs if value is not None and (producer := value.producer())]

@@ -9,7 +9,7 @@ algorithm 1; without its order by activation, so that the groups stay neighbours
 import numpy as np
 import torch
 
-from glmtrt_helpers.quantize.rounding import SMALLEST
+from glmtrt_helpers.quantize.rounding import SMALLEST, round_to_nearest
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: few recorded inputs leave H close to singular
 BLOCK = 128  # columns whose errors are added up before they are spread over all later ones
@@ -19,7 +19,11 @@ def gptq(matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int = 0)
     """As `rounding.round_to_nearest`; hessian: X^T X of the inputs, fp32 (k, k), which is overwritten.
 
     The scale of a group is that of its weights as they are when its turn comes.
+    Raises ValueError for a weight that is not finite, and for inputs that are not.
     """
+    round_to_nearest(matrix, bits, group)  # refuses weights that are not finite, and says in which row
+    if not hessian.isfinite().all():
+        raise ValueError("what it is multiplied with is not finite, so a weight before it may be damaged")
     n, k = matrix.shape
     width, limit = group or k, 2 ** (bits - 1) - 1
     left = matrix.float().clone()
@@ -38,10 +42,7 @@ def gptq(matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int = 0)
                     current[:, last - column :] -= (
                         errors[:, : column - first] @ factor[first:column, last : column + width]
                     )
-                scale = (current.abs().amax(dim=1) / limit).clamp_min(SMALLEST).half().float()
-                if not scale.isfinite().all():
-                    raise ValueError("it has a weight that is not finite, or too large for a scale in fp16")
-                scales[:, column // width] = scale
+                scales[:, column // width] = (current.abs().amax(dim=1) / limit).clamp_min(SMALLEST).half().float()
             scale = scales[:, column // width]
             integers = (left[:, column] / scale).round_().clamp_(-limit, limit)
             values[:, column] = integers.to(torch.int8)

@@ -6,11 +6,13 @@ bits its errors go into the scores directly. The embedding stays as it is: one r
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,17 +22,17 @@ from blake3 import blake3
 from glmtrt_helpers.checkpoints import identity, loading, packing, shards
 from glmtrt_helpers.checkpoints.checkpoint import BACKUP_NAME, Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.code_hash import code_files
-from glmtrt_helpers.checkpoints.config import expected_shapes
+from glmtrt_helpers.checkpoints.config import QUANTIZED_KEY, expected_shapes
 from glmtrt_helpers.checkpoints.shards import Part
-from glmtrt_helpers.checkpoints.working_copy import is_working_copy, mark_working_copy, working_copy_path
+from glmtrt_helpers.checkpoints.working_copy import claim_quantized, working_copy_path
+from glmtrt_helpers.core import records
 from glmtrt_helpers.core.errors import WorkbookError
-from glmtrt_helpers.core.files import is_temporary, replacing
+from glmtrt_helpers.core.files import replacing
 from glmtrt_helpers.quantize.calibrating import MATRICES, Matrices, calibrate
 from glmtrt_helpers.quantize.rounding import round_to_nearest
 
 GROUPS = (32, 64, 128)
 HEAD = "lm_head.weight"
-METHOD_KEY = "glmtrt_quantization"  # in the config.json that is written
 _INDEX = "model.safetensors.index.json"
 _OTHERS = ("*.model", "*_config.json", "*LICENSE*")  # that a checkpoint has beside config.json, source and weights
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -59,60 +61,55 @@ def quantize_checkpoint(
     a killed run goes on where it stopped. The index is written last, and only then is the folder a checkpoint.
     Memory: that of one matrix in fp32; with sequences that of one layer, and of three matrices (k, k).
     Raises WorkbookError for a checkpoint that is quantised already, a group that does not divide the rows, a weight
-    that is not finite, a folder of something else at that place, and a disk that is too small.
+    that is not finite, a conversation that is too long, a folder of something else at that place, and a disk that is
+    too small.
     """
     checkpoint = open_checkpoint(source)
     group = group if bits == 4 else 0
     _check_request(checkpoint, bits, group)
     target = quantized_path(source, bits)
-    _claim(checkpoint, target)
-    shapes = {
-        target / f"model-{number:05}-of-{checkpoint.num_layers + 1:05}.safetensors": _shapes(
-            checkpoint, names, bits, group
+    claim_quantized(target)
+    made: Matrices = {}
+    plan = {
+        target / f"model-{number:05}-of-{checkpoint.num_layers + 1:05}.safetensors": _parts(
+            checkpoint, names, bits, group, made
         )
         for number, names in enumerate(_names(checkpoint), 1)
     }
     note = _note(checkpoint, bits, group, sequences)
-    sizes = {path: sum(part.nbytes for part in parts.values()) for path, parts in shapes.items()}
-    todo = [path for path, parts in shapes.items() if not shards.is_whole(path, parts, note)]
+    sizes = {path: sum(part.nbytes for part in parts.values()) for path, parts in plan.items()}
+    todo = [path for path, parts in plan.items() if not shards.is_whole(path, parts, note)]
     total = sum(sizes.values())
     done = total - sum(sizes[path] for path in todo)
     _check_disk(target, total - done)
     if todo:  # or an index of before would make a checkpoint of shards that do not belong together
         (target / _INDEX).unlink(missing_ok=True)
+    _write_others(checkpoint, target, bits, group, "gptq" if sequences else "rtn")
 
-    def write(path: Path, made: Matrices) -> None:
-        """A shard, its integers and scales from `made`, or rounded to the nearest."""
+    def write(path: Path) -> None:
         nonlocal done
-        parts = {
-            name: replace(part, make=_maker(checkpoint, name, bits, group, made)) for name, part in shapes[path].items()
-        }
-        shards.write_shard(path, parts, _no_reader, note)
+        shards.write_shard(path, plan[path], _no_reader, note)
         done += sizes[path]
         progress(done, total)
 
-    paths = list(shapes)
-    try:
-        if sequences and any(path in todo for path in paths[:-1]):
-            layers = {number: path for number, path in enumerate(paths[:-1]) if path in todo}
-            calibrate(
-                checkpoint,
-                sequences,
-                bits,
-                group,
-                lambda number: None if number in layers else _read_back(checkpoint, paths[number], number),
-                lambda number, made: write(layers[number], {_full(number, name): each for name, each in made.items()}),
-            )
-            todo = [path for path in todo if path == paths[-1]]
-        for path in todo:
-            write(path, {})
-    except ValueError as error:
-        raise WorkbookError(f"{checkpoint.directory} cannot be quantised, {error}: download it again.") from None
+    *layers, rest = plan
+
+    def stored(number: int) -> dict[str, torch.Tensor] | None:
+        return None if layers[number] in todo else _read_back(checkpoint, layers[number], number)
+
+    def finished(number: int, matrices: Matrices) -> None:
+        made.update({_full(number, name): each for name, each in matrices.items()})
+        write(layers[number])
+
+    if sequences and todo and todo != [rest]:
+        calibrate(checkpoint, sequences, bits, group, stored, finished)
+        todo = [path for path in todo if path == rest]
+    for path in todo:
+        write(path)
     for path in target.glob("model-*.safetensors"):
         if path not in sizes:
             path.unlink()
-    _write_others(checkpoint, target, bits, group, "gptq" if sequences else "rtn")
-    weight_map = {name: path.name for path, parts in shapes.items() for name in parts}
+    weight_map = {name: path.name for path, parts in plan.items() for name in parts}
     shards.write_index(target, weight_map, total)
     open_checkpoint(target)
     return target
@@ -138,13 +135,6 @@ def _bits_of(name: str, shape: tuple[int, ...], bits: int) -> int:
     if name == HEAD:
         return 8
     return bits if name.startswith("transformer.layers.") and len(shape) == 2 else 0
-
-
-def _claim(checkpoint: Checkpoint, target: Path) -> None:
-    if target.exists() and not is_working_copy(target) and any(not is_temporary(path) for path in target.iterdir()):
-        raise WorkbookError(f"{target} holds files of something else: move them away.")
-    target.mkdir(parents=True, exist_ok=True)
-    mark_working_copy(target)
 
 
 def _check_disk(target: Path, needed: int) -> None:
@@ -179,47 +169,39 @@ def _note(checkpoint: Checkpoint, bits: int, group: int, sequences: Sequence[Seq
     return f"{bits} bits, groups of {group}, {method}, of {weights.hexdigest()}"
 
 
-def _shapes(checkpoint: Checkpoint, names: Sequence[str], bits: int, group: int) -> dict[str, Part]:
-    """What is written of some tensors: each as it is, or its integers and behind them their scales."""
+def _parts(checkpoint: Checkpoint, names: Sequence[str], bits: int, group: int, made: Matrices) -> dict[str, Part]:
+    """What is written of some tensors: each as it is, or its integers, followed by their scales.
+
+    made: integers and scales by weight; one that is not there when it is written is rounded to the nearest.
+    """
     shapes, parts = expected_shapes(checkpoint.config), {}
     for name in names:
         tensor = checkpoint.tensors[name]
         packed = _bits_of(name, shapes[name], bits) if name in shapes else 0
         if not packed:
-            parts[name] = Part(tensor.dtype, tensor.shape, _no_maker)
+            parts[name] = Part(tensor.dtype, tensor.shape, functools.partial(_as_it_is, checkpoint, name))
             continue
         (n, k), width = tensor.shape, group if packed == 4 else 0
-        parts[name] = Part("U8", (k, n * packed // 8), _no_maker)
-        parts[packing.scale_name(name)] = Part("F16", (k // width, n) if width else (n,), _no_maker)
+        integers = functools.partial(_integers, checkpoint, name, packed, width, made)
+        parts[name] = Part("U8", (k, n * packed // 8), integers)
+        scales = functools.partial(_scales, name, made)
+        parts[packing.scale_name(name)] = Part("F16", (k // width, n) if width else (n,), scales)
     return parts
 
 
-def _no_maker(read: object) -> np.ndarray:
-    raise AssertionError("only the shape is known yet")
+def _integers(checkpoint: Checkpoint, name: str, bits: int, group: int, made: Matrices, _: object) -> np.ndarray:
+    if name not in made:
+        try:
+            made[name] = round_to_nearest(_stored(checkpoint, name), bits, group)
+        except ValueError as error:
+            raise WorkbookError(
+                f"{checkpoint.tensors[name].file}: {name!r} cannot be quantised, {error}: download that shard again."
+            ) from None
+    return packing.pack(made[name][0], bits)
 
 
-def _maker(checkpoint: Checkpoint, name: str, bits: int, group: int, made: Matrices) -> Callable[..., np.ndarray]:
-    """What makes the content of a part; the scales of a matrix are asked for after its integers."""
-
-    def make(_: object) -> np.ndarray:
-        if name not in shapes:
-            if name in made:  # the scales of the part before
-                return made.pop(name)[1]
-            return _as_it_is(checkpoint, name)
-        packed = _bits_of(name, shapes[name], bits)
-        if not packed:
-            return _as_it_is(checkpoint, name)
-        if name not in made:
-            try:
-                made[name] = round_to_nearest(_stored(checkpoint, name), packed, group if packed == 4 else 0)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        values, scale = made.pop(name)
-        made[packing.scale_name(name)] = values, scale
-        return packing.pack(values, packed)
-
-    shapes = expected_shapes(checkpoint.config)
-    return make
+def _scales(name: str, made: Matrices, _: object) -> np.ndarray:
+    return made.pop(name)[1]
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -227,7 +209,7 @@ def _stored(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return loading.read_tensors(checkpoint, [name], dtype)[name]
 
 
-def _as_it_is(checkpoint: Checkpoint, name: str) -> np.ndarray:
+def _as_it_is(checkpoint: Checkpoint, name: str, _: object) -> np.ndarray:
     return _stored(checkpoint, name).contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -241,8 +223,13 @@ def _read_back(checkpoint: Checkpoint, path: Path, layer: int) -> dict[str, torc
 
 
 def _write_others(checkpoint: Checkpoint, target: Path, bits: int, group: int, method: str) -> None:
-    """Source, tokenizer and configuration."""
+    """The configuration, by which the folder is known again, then source and tokenizer."""
     source = checkpoint.directory
+    config = records.read(source / "config.json", dict[str, Any], "download it again")
+    described = {"method": method, "group": group, "head": 8} if group else {"method": method}
+    with replacing(target / "config.json") as temporary:
+        text = json.dumps({**config, "quantization_bit": bits, QUANTIZED_KEY: described}, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
     files = {*code_files(source), *(path for pattern in _OTHERS for path in source.glob(pattern))}
     backup = source / BACKUP_NAME
     for file in sorted(files | ({backup} if backup.exists() else set())):
@@ -252,8 +239,3 @@ def _write_others(checkpoint: Checkpoint, target: Path, bits: int, group: int, m
             shutil.copyfile(file, temporary)
     if not backup.exists():
         (target / BACKUP_NAME).unlink(missing_ok=True)
-    config: Mapping[str, object] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    described = {"method": method, "group": group, "head": 8} if group else {"method": method}
-    with replacing(target / "config.json") as temporary:
-        text = json.dumps({**config, "quantization_bit": bits, METHOD_KEY: described}, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")

@@ -89,7 +89,7 @@ def rewrite(directory: Path, shard: str, rename: dict[str, str | None], **more: 
     ("name", "says"),
     [
         ("base_model.model.transformer.layers.0.attention.query_key_value.lora_A.weight", "LoRA"),
-        ("transformer.layers.0.attention.dense.weight_scale", "and that weight is not"),
+        ("transformer.layers.0.attention.dense.weight_scale", "but that weight is not quantised"),
         ("transformer.layers.2.input_layernorm.weight", "of a layer that config.json does not have"),
     ],
 )

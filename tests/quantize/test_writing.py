@@ -1,6 +1,7 @@
 """Checkpoints of 8 and 4 bits: written, opened, exported, run; the published layouts; and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ from support.exporting import editing
 from glmtrt_helpers.checkpoints import loading, packing
 from glmtrt_helpers.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from glmtrt_helpers.checkpoints.packing import Packing
+from glmtrt_helpers.checkpoints.shards import StoredTensor
+from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.core.errors import WorkbookError
+from glmtrt_helpers.engines.memory_prediction import engine_weights
 from glmtrt_helpers.export import exporting
 from glmtrt_helpers.graphs.reference import CASES
 from glmtrt_helpers.graphs.verification import verify
+from glmtrt_helpers.inputs.positions_and_mask import prefill
 from glmtrt_helpers.patches import patching
 from glmtrt_helpers.quantize import writing
 from glmtrt_helpers.quantize.gptq import gptq
@@ -149,10 +154,15 @@ def test_verify_sees_wrong_scales_and_nibbles(exported: Checkpoint) -> None:
 
 
 def publish(source: Path, bits: int, *, embedding: bool = False) -> dict[str, torch.Tensor]:
-    """Make a checkpoint one as published, by the formulas. Returns the weights that it stands for, in fp32."""
+    """Make a checkpoint one as published, by the formulas. Returns the weights that it stands for, in fp32.
+
+    embedding: packed as well, and lm_head is the embedding, stored once.
+    """
     right = {}
     for file in sorted(source.glob("*.safetensors")):
         state = load_file(file)
+        if embedding:
+            state.pop("lm_head.weight", None)
         for name in list(state):
             matrix = state[name].float()
             packed = name.startswith("transformer.layers.") or (embedding and "word_embeddings" in name)
@@ -170,6 +180,7 @@ def publish(source: Path, bits: int, *, embedding: bool = False) -> dict[str, to
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_bit": bits}))
+    right.setdefault("lm_head.weight", right["transformer.word_embeddings.weight"])
     return right
 
 
@@ -253,5 +264,95 @@ def test_refusals(tiny_random: Path) -> None:
     state = load_file(file)
     state[DENSE][3, 5] = float("nan")
     save_file(state, file)
-    with pytest.raises(WorkbookError, match=f"{DENSE}: row 3 has a weight that is not finite"):
+    with pytest.raises(WorkbookError, match=f"'{DENSE}' cannot be quantised, row 3 has a weight that is not finite"):
         quantize_checkpoint(tiny_random, 4)
+
+
+def test_an_odd_number_of_columns_is_said() -> None:
+    weight = StoredTensor(Path("shard"), "x", "I8", (4, 2), 0, 8)
+    with pytest.raises(WorkbookError, match="and 5 columns, an odd number, cannot be packed two a byte"):
+        packing.packings({"x": weight}, {"x": (4, 5)})
+
+
+def conversations(checkpoint: Checkpoint, count: int, length: int) -> list[list[int]]:
+    """Random ones: a question, [gMASK], <sop> and an answer; the first are shorter, so that they are padded."""
+    generator = np.random.default_rng(0)
+    ends = [int(checkpoint.config[key]) for key in ("gmask_token_id", "bos_token_id")]
+    lengths = generator.integers(5, length, count)
+    return [
+        [*generator.integers(10, 200, n).tolist(), *ends, *generator.integers(10, 200, n).tolist()] for n in lengths
+    ]
+
+
+@pytest.mark.slow
+def test_gptq_of_a_checkpoint_goes_on_where_it_was_and_beats_rounding(
+    tiny_random: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_checkpoint(tiny_random)
+    sequences = conversations(before, 40, 20)
+    call = {name: torch.from_numpy(array) for name, array in prefill(before, sequences[:8]).items()}
+
+    def last_scores(checkpoint: Checkpoint) -> torch.Tensor:
+        with torch.inference_mode():
+            return loading.load_model(checkpoint)(**call).logits[:, -4:]
+
+    right = last_scores(before)
+    rounded = last_scores(open_checkpoint(quantize_checkpoint(tiny_random, 4, 64)))
+    real, written = writing.shards.write_shard, list[object]()
+
+    def stop_after_one(*given: object) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(given[0])
+        real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writing.shards, "write_shard", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny_random, 4, 64, sequences=sequences)
+    monkeypatch.setattr(writing.shards, "write_shard", lambda *given: (written.append(given[0]), real(*given)))
+    target = quantize_checkpoint(tiny_random, 4, 64, sequences=sequences)
+    assert len(written) == len(set(written)) == before.num_layers + 1
+    resumed = open_checkpoint(target)
+    weights = loading.read_tensors(resumed, list(resumed.packed), torch.float32)
+    calibrated = last_scores(resumed)
+    assert (calibrated - right).pow(2).mean() < 0.9 * (rounded - right).pow(2).mean()
+    shutil.rmtree(target)
+    at_once = open_checkpoint(quantize_checkpoint(tiny_random, 4, 64, sequences=sequences))
+    again = loading.read_tensors(at_once, list(resumed.packed), torch.float32)
+    for name, weight in weights.items():  # a tie may fall either way
+        assert (again[name] != weight).float().mean() < 0.02, name
+
+
+def test_gptq_refuses_what_is_not_finite_or_too_long(tiny_random: Path) -> None:
+    checkpoint = open_checkpoint(tiny_random)
+    with pytest.raises(WorkbookError, match="has 1024 positions, and a conversation to calibrate with has 1402 tokens"):
+        quantize_checkpoint(tiny_random, 4, sequences=[[5] * 1400 + conversations(checkpoint, 1, 6)[0][-2:]])
+    file = checkpoint.tensors[DENSE].file
+    state = load_file(file)
+    state[DENSE][3, 5] = float("inf")
+    save_file(state, file)
+    with pytest.raises(WorkbookError, match=f"'{DENSE}' cannot be quantised, row 3 has a weight that is not finite"):
+        quantize_checkpoint(tiny_random, 4, sequences=conversations(checkpoint, 4, 6))
+
+
+def test_a_folder_of_that_name_that_is_something_else_is_left_alone(tiny_random: Path) -> None:
+    """A published checkpoint may be called NAME-int4, and so its working copy."""
+    target = writing.quantized_path(tiny_random, 4)
+    published = shutil.copytree(tiny_random, tiny_random.parent.parent / target.name)
+    assert make_working_copy(published, target.parent) == target
+    held = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(WorkbookError, match="holds something that `glmtrt quantize` did not write: move it away"):
+        quantize_checkpoint(tiny_random, 4)
+    assert held == {path.name: path.read_bytes() for path in target.iterdir()}
+    shutil.rmtree(target)
+    assert quantize_checkpoint(tiny_random, 4) == target
+    held = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(WorkbookError, match="is what `glmtrt quantize` wrote, not a copy of"):
+        make_working_copy(published, target.parent)
+    assert held == {path.name: path.read_bytes() for path in target.iterdir()}
+    assert make_working_copy(target) == target, "it is a working copy of its own"
+
+
+def test_an_engines_weights_count_as_they_are_stored(quantized: Checkpoint) -> None:
+    inside = sum(tensor.nbytes for name, tensor in quantized.tensors.items() if not name.endswith("inv_freq"))
+    assert engine_weights(quantized, "fp16") == inside
