@@ -12,13 +12,13 @@ import torch
 from glmtrt_helpers.quantize.rounding import SMALLEST, round_to_nearest
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: few recorded inputs leave H close to singular
-BLOCK = 128  # columns whose errors are added up before they are spread over all later ones
+BLOCK = 128  # columns whose errors are added up before they are spread over all later ones; groups divide it
 
 
 def gptq(matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """As `rounding.round_to_nearest`; hessian: X^T X of the inputs, fp32 (k, k), which is overwritten.
 
-    The scale of a group is that of its weights as they are when its turn comes.
+    The scale of a group, which divides BLOCK, is that of its weights as they are when its turn comes.
     Raises ValueError for a weight that is not finite, and for inputs that are not.
     """
     round_to_nearest(matrix, bits, group)  # refuses weights that are not finite, and says in which row
@@ -35,13 +35,8 @@ def gptq(matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int = 0)
         errors = torch.empty((n, last - first))
         for column in range(first, last):
             if column % width == 0:
-                # Errors of this block are spread over its own columns at once, so those of a group are up to date.
+                # They are up to date: a group lies within a block, whose errors are spread over its columns at once.
                 current = left[:, column : column + width]
-                if column + width > last:
-                    current = current.clone()
-                    current[:, last - column :] -= (
-                        errors[:, : column - first] @ factor[first:column, last : column + width]
-                    )
                 scales[:, column // width] = (current.abs().amax(dim=1) / limit).clamp_min(SMALLEST).half().float()
             scale = scales[:, column // width]
             integers = (left[:, column] / scale).round_().clamp_(-limit, limit)

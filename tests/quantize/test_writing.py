@@ -24,7 +24,7 @@ from glmtrt_helpers.graphs.reference import CASES
 from glmtrt_helpers.graphs.verification import verify
 from glmtrt_helpers.inputs.positions_and_mask import prefill
 from glmtrt_helpers.patches import patching
-from glmtrt_helpers.quantize import writing
+from glmtrt_helpers.quantize import calibrating, writing
 from glmtrt_helpers.quantize.gptq import gptq
 from glmtrt_helpers.quantize.rounding import round_to_nearest
 from glmtrt_helpers.quantize.writing import quantize_checkpoint
@@ -246,8 +246,15 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_random: Path, monkeypatch: pyte
     monkeypatch.setattr(writing.shards, "write_shard", lambda *given: (written.append(given[0]), real(*given)))
     quantize_checkpoint(tiny_random, 4)
     assert len(written) == len(set(written)) == open_checkpoint(target).num_layers + 1
+    written.clear()
+    monkeypatch.setattr(writing.shards, "write_shard", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tiny_random, 4, 64)
+    with pytest.raises(WorkbookError):  # half of it has other groups
+        open_checkpoint(target)
+    monkeypatch.setattr(writing.shards, "write_shard", real)
     quantize_checkpoint(tiny_random, 4, 64)
-    assert open_checkpoint(target).packed[DENSE].group == 64, "of another group, nothing is kept"
+    assert {each.group for each in open_checkpoint(target).packed.values()} == {0, 64}, "nothing of the old is kept"
 
 
 def test_refusals(tiny_random: Path) -> None:
@@ -321,6 +328,27 @@ def test_gptq_of_a_checkpoint_goes_on_where_it_was_and_beats_rounding(
     again = loading.read_tensors(at_once, list(resumed.packed), torch.float32)
     for name, weight in weights.items():  # a tie may fall either way
         assert (again[name] != weight).float().mean() < 0.02, name
+
+
+def test_padding_is_not_calibrated_with(tiny_random: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first matrix is multiplied with in two conversations is what it is in each of them alone."""
+    checkpoint = open_checkpoint(tiny_random)
+    short, long = sorted(conversations(checkpoint, 5, 20), key=len)[:: len(conversations(checkpoint, 5, 20)) - 1]
+    assert len(short) < len(long)
+
+    def first_hessian(*sequences: list[int]) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def record(matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+            seen.append(hessian.clone())
+            return round_to_nearest(matrix, bits, group)
+
+        monkeypatch.setattr(calibrating, "gptq", record)
+        calibrating.calibrate(checkpoint, sequences, 8, 0, lambda number: None, lambda number, made: None)
+        return seen[0]
+
+    both = first_hessian(short, long)
+    torch.testing.assert_close(both, first_hessian(short) + first_hessian(long), rtol=1e-3, atol=1e-2)
 
 
 def test_gptq_refuses_what_is_not_finite_or_too_long(tiny_random: Path) -> None:
