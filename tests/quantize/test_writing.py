@@ -20,14 +20,16 @@ from glmtrt_helpers.checkpoints.working_copy import make_working_copy
 from glmtrt_helpers.core.errors import WorkbookError
 from glmtrt_helpers.engines.memory_prediction import engine_weights
 from glmtrt_helpers.export import exporting
-from glmtrt_helpers.graphs.reference import CASES
+from glmtrt_helpers.graphs.reference import CASES, run_tensors
 from glmtrt_helpers.graphs.verification import verify
+from glmtrt_helpers.inputs.examples import example_inputs
 from glmtrt_helpers.inputs.positions_and_mask import prefill
 from glmtrt_helpers.patches import patching
 from glmtrt_helpers.quantize import calibrating, writing
 from glmtrt_helpers.quantize.gptq import gptq
 from glmtrt_helpers.quantize.rounding import round_to_nearest
 from glmtrt_helpers.quantize.writing import quantize_checkpoint
+from glmtrt_helpers.sessions.onnxruntime import OrtSession
 
 DENSE = "transformer.layers.0.attention.dense.weight"
 SCALE = packing.scale_name(DENSE)
@@ -126,6 +128,11 @@ def test_the_graph_computes_it_and_onnx_runtime_keeps_it_packed(exported: Checkp
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     nodes = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
     assert nodes.count("MatMulNBits") == len(exported.packed) and "DequantizeLinear" not in nodes
+    # As a chat runs it: activations are rounded to 8 bits, so it is near, and no nearer.
+    flat = example_inputs(exported, 2, 5, 3, dtype=torch.float16)
+    plain, packed = (run_tensors(OrtSession(path, optimize=optimize), flat) for optimize in (False, True))
+    for name, right in plain.items():
+        assert (packed[name].float() - right.float()).abs().max() < 0.05 * right.float().abs().max(), name
 
 
 @pytest.mark.slow
